@@ -1,0 +1,1 @@
+"""Head and cross entropy of all codebooks."""

@@ -1,0 +1,1 @@
+"""The delayed sum of stream embeddings."""

@@ -1,0 +1,83 @@
+"""What every codec offers: waveform to codes and back, whole or frame by frame.
+
+Shapes: B batch, Q codebooks, T frames, N samples of a waveform, D width of a latent.
+"""
+
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+
+class StreamingEncoder(Protocol):
+    """A causal encoder that is fed one frame of sound at a time."""
+
+    def step(self, samples_BN: Tensor) -> Tensor:
+        """Take the next ``[B, frame_size]`` samples, return their codes ``[B, Q]`` (int64)."""
+        ...
+
+
+class StreamingDecoder(Protocol):
+    """A causal decoder that is fed the codes of one frame at a time.
+
+    ``delay`` is how many samples its output trails ``Codec.decode`` on the same codes: a synthesis window that is still
+    open cannot be played yet.
+    """
+
+    delay: int
+
+    def step(self, codes_BQ: Tensor) -> Tensor:
+        """Take the next frame's codes ``[B, Q]``, return the next ``[B, frame_size]`` samples (float32)."""
+        ...
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """Waveform to integer codes and back.
+
+    Attributes:
+        name: what ``codec.json`` calls the class; ``registry.load_codec`` picks by it.
+        sample_rate: samples a second of the waveforms, in Hz.
+        frame_size: samples a frame.
+        frame_rate: frames a second, ``sample_rate / frame_size``.
+        num_codebooks: Q, codes a frame.
+        cardinality: entries of a codebook; codes are in ``[0, cardinality)``.
+        fingerprint: short hash of the fitted tables; codes of codecs with different fingerprints do not mix.
+        silence_codes: ``[Q]`` int64, the codes of a frame of digital silence.
+    """
+
+    name: str
+    sample_rate: int
+    frame_size: int
+    frame_rate: float
+    num_codebooks: int
+    cardinality: int
+    fingerprint: str
+    silence_codes: Tensor
+
+    def encode(self, waveforms_BN: Tensor) -> Tensor:
+        """Waveforms ``[B, N]`` float32 in [-1, 1] to codes ``[B, Q, T]`` int64, ``T = ceil(N / frame_size)``.
+
+        The end is padded with zeros to a whole frame.
+        """
+        ...
+
+    def decode(self, codes_BQT: Tensor) -> Tensor:
+        """Codes ``[B, Q, T]`` to waveforms ``[B, T * frame_size]`` float32, in time with what was encoded."""
+        ...
+
+    def streaming_encoder(self, *, batch_size: int = 1) -> StreamingEncoder:
+        """An encoder whose codes equal ``encode`` frame by frame."""
+        ...
+
+    def streaming_decoder(self, *, batch_size: int = 1) -> StreamingDecoder:
+        """A decoder without look-ahead: codes of a frame in, a frame of samples out."""
+        ...
+
+    def codebook_vectors(self) -> Tensor | None:
+        """``[Q, cardinality, D]`` vectors whose sum over the codebooks is what the codes mean, or None if it has none."""
+        ...
+
+    def save(self, directory: str | Path) -> None:
+        """Write ``codec.json`` and the tables as safetensors into ``directory`` (made if missing)."""
+        ...

@@ -1,0 +1,55 @@
+"""Named model shapes: the sections `streams`, `temporal` and `depth` of a config, which the file may then override."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def _transformer(
+    num_layers: int,
+    hidden_size: int,
+    ffn_hidden_size: int,
+    num_attention_heads: int,
+    num_query_groups: int | None = None,
+) -> dict[str, int]:
+    return {
+        "num_layers": num_layers,
+        "hidden_size": hidden_size,
+        "ffn_hidden_size": ffn_hidden_size,
+        "num_attention_heads": num_attention_heads,
+        "num_query_groups": num_query_groups or num_attention_heads,
+    }
+
+
+def _streams(text_cardinality: int, num_codebooks: int, num_given_codebooks: int, cardinality: int, delay: int) -> dict:
+    """Text and the first codebook of each speaker undelayed, the acoustic codebooks `delay` frames late."""
+    own, given = ([0] + [delay] * (count - 1) if count else [] for count in (num_codebooks, num_given_codebooks))
+    return {
+        "text_cardinality": text_cardinality,
+        "num_codebooks": num_codebooks,
+        "num_given_codebooks": num_given_codebooks,
+        "cardinality": cardinality,
+        "delays": [0, *own, *given],
+    }
+
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    # For tests: every mechanism (GQA, delays, a window shorter than the sample), nothing to spare.
+    "tiny": {
+        "streams": _streams(48, 4, 4, 32, 1),
+        "temporal": {**_transformer(4, 64, 176, 4, 2), "context": 12},
+        "depth": _transformer(2, 32, 88, 4),
+    },
+    # The quickstart's: spoken digits on two CPU cores.
+    "digits": {
+        "streams": _streams(64, 8, 8, 256, 0),
+        "temporal": {**_transformer(6, 256, 704, 4), "context": 250},
+        "depth": _transformer(2, 128, 352, 4),
+    },
+    # Kyutai's Moshi 7B (arXiv 2410.00037), 7.688 billion parameters.
+    "moshi-7b": {
+        "streams": _streams(32000, 8, 8, 2048, 1),
+        "temporal": {**_transformer(32, 4096, 11264, 32), "context": 3000},
+        "depth": _transformer(6, 1024, 2816, 16),
+    },
+}

@@ -1,0 +1,129 @@
+"""Reading TOML with `section.field=value` overrides into a checked Config, and writing the resolved one back."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import ValidationError
+
+from megaspeech.config.checks import cross_section_faults
+from megaspeech.config.presets import PRESETS
+from megaspeech.config.schema import SECTIONS, Config, Section
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class ConfigError(ValueError):
+    """All faults of a config in one message, one line each."""
+
+    def __init__(self, source: str, faults: Sequence[str]) -> None:
+        self.faults = tuple(faults)
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        super().__init__("\n".join([f"{source}: {count}", *(f"  {fault}" for fault in faults)]))
+
+
+def read_config(path: str | Path, overrides: Iterable[str] = (), *, world_size: int | None = None) -> Config:
+    """The checked config of a TOML file and `section.field=value` overrides.
+
+    Args:
+        path: the TOML file.
+        overrides: strings `section.field=value`; the value is TOML, or a plain string where TOML has no such value.
+        world_size: number of ranks; the layout is checked against it when given.
+
+    Raises:
+        ConfigError: every fault found, of the file, the overrides, and between sections.
+    """
+    path, faults = Path(path), []
+    tables = _read_toml(path)
+    for override in overrides:
+        _apply_override(tables, override, faults)
+    return _build(tables, source=str(path), faults=faults, world_size=world_size)
+
+
+def write_config(config: Config, path: str | Path) -> None:
+    """Write the resolved config as TOML; `read_config` of the file gives an equal one."""
+    Path(path).write_text(tomli_w.dumps(config.model_dump(mode="json")), encoding="utf-8")
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(str(path), ["there is no such file; give the path of a run's TOML config first"])
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(str(path), [f"not valid TOML: {error}"]) from error
+
+
+def _apply_override(tables: dict[str, Any], override: str, faults: list[str]) -> None:
+    key, equals, text = override.partition("=")
+    section, dot, field = key.partition(".")
+    if not (equals and dot and section and field):
+        faults.append(f"{override!r}: overrides are written section.field=value, for example training.train_steps=100")
+        return
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word: a path, a name
+    tables.setdefault(section, {})[field] = value
+
+
+def _build(tables: dict[str, Any], *, source: str, faults: list[str], world_size: int | None) -> Config:
+    for name in tables.keys() - SECTIONS.keys():
+        faults.append(f"{name}: no such section{_nearest(name, SECTIONS)}")
+    tables = _with_preset(tables, faults)
+    sections: dict[str, Section] = {}
+    for name, section in SECTIONS.items():
+        table = tables.get(name, {})
+        try:
+            if not isinstance(table, dict):
+                raise TypeError
+            sections[name] = section.model_validate(table)
+        except TypeError:
+            faults.append(f"{name}: is a section, not a value; write [{name}] above its keys")
+        except ValidationError as error:
+            faults.extend(_fault_lines(name, section, error))
+    faults.extend(cross_section_faults(sections, world_size=world_size))
+    if faults:
+        raise ConfigError(source, faults)
+    return Config(**sections)
+
+
+def _with_preset(tables: dict[str, Any], faults: list[str]) -> dict[str, Any]:
+    """The tables laid over those of the preset that `model.preset` names."""
+    model = tables.get("model", {})
+    name = model.get("preset", SECTIONS["model"].model_fields["preset"].default) if isinstance(model, dict) else None
+    if name not in PRESETS:
+        faults.append(f"model.preset: no preset {name!r}{_nearest(str(name), PRESETS)}")
+        return tables
+    merged = dict(tables)
+    for section, values in PRESETS[name].items():
+        own = tables.get(section, {})
+        merged[section] = {**values, **own} if isinstance(own, dict) else own
+    return merged
+
+
+def _fault_lines(name: str, section: type[Section], error: ValidationError) -> list[str]:
+    lines = []
+    for fault in error.errors():
+        key = ".".join([name, *map(str, fault["loc"])])
+        if fault["type"] == "extra_forbidden":
+            lines.append(f"{key}: no such key{_nearest(str(fault['loc'][-1]), section.model_fields)}")
+        elif fault["type"] == "missing":
+            lines.append(f"{key}: missing; it has no default and the preset does not give it")
+        else:
+            lines.append(f"{key}: {fault['input']!r}: {fault['msg']}")
+    return lines
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(sorted(known))}"

@@ -1,0 +1,196 @@
+"""What a run is: one frozen pydantic model a section, in megatron-core's spelling where it has one.
+
+Nothing here imports torch: a config can be read, checked and printed on any machine. Counts start `num_`; sizes are
+in tokens, frames or samples, never bytes; times are in seconds unless the name says otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+Natural = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and unknown keys are faults."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class RunSection(Section):
+    """Where a run lives. `directory` holds its logs, checkpoints and resolved config."""
+
+    name: str = "run"
+    directory: str = "runs/run"
+    seed: Natural = 1
+
+
+class ModelSection(Section):
+    """Which shape the model has and which code computes it."""
+
+    preset: str = "digits"
+    kernels: Literal["reference"] = "reference"
+    transformer_impl: Literal["local", "transformer_engine"] = "local"
+    layernorm_epsilon: float = Field(1e-8, gt=0)
+    init_method_std: float = Field(0.02, gt=0)
+
+
+class StreamsSection(Section):
+    """The rows of tokens a model reads: text, its own codebooks (predicted), the codebooks it hears (given)."""
+
+    text_cardinality: Positive
+    text_pad_id: Natural = 3
+    text_end_pad_id: Natural = 0
+    num_codebooks: Positive
+    num_given_codebooks: Natural
+    cardinality: Positive
+    delays: tuple[Natural, ...]
+
+    @property
+    def num_streams(self) -> int:
+        """Rows of a sample: text, predicted codebooks, given codebooks."""
+        return 1 + self.num_codebooks + self.num_given_codebooks
+
+    @property
+    def cardinalities(self) -> tuple[int, ...]:
+        """Tokens of each stream `[S]`, initial token not counted. The initial token's id equals the cardinality."""
+        return (self.text_cardinality,) + (self.cardinality,) * (self.num_streams - 1)
+
+
+class TransformerSection(Section):
+    """Shape of a transformer. `ffn_hidden_size` is the width of the SwiGLU gate."""
+
+    num_layers: Positive
+    hidden_size: Positive
+    ffn_hidden_size: Positive
+    num_attention_heads: Positive
+    num_query_groups: Positive
+
+
+class TemporalSection(TransformerSection):
+    """The transformer over frames. `context` frames are visible to a position, itself included."""
+
+    context: Positive = 3000
+    rotary_base: Positive = 10000
+
+
+class DepthSection(TransformerSection):
+    """The transformer over the codebooks of one frame; every codebook has weights of its own."""
+
+
+class LossSection(Section):
+    """Weights of the cross entropies. Text and audio losses are weighted means of their own, and then added."""
+
+    text: float = Field(1.0, ge=0)
+    text_padding: float = Field(0.5, ge=0)
+    semantic: float = Field(100.0, ge=0)
+    acoustic: float = Field(1.0, ge=0)
+    silence_fraction: float = Field(1.0, ge=0, le=1)
+    """Share of the frames in which the model is silent that the depth transformer is trained on. Silence is one code
+    a codebook and soon learned; leaving most of it out saves the depth transformer's work (compare compute
+    amortisation in Sesame's CSM, 2025)."""
+    speech_fraction: float = Field(1.0, gt=0, le=1)
+
+
+class CodecSection(Section):
+    """Which codec the codes come from. The trainer refuses shards written with another."""
+
+    name: str = "spectral"
+    path: str = ""
+
+
+class DataSection(Section):
+    """Shards, their mixture and the batches made of them."""
+
+    directory: str = "shards"
+    """Holds `train/NAME.{bin,idx,json}` and `valid/NAME...` for every NAME of the mixture."""
+    mixture: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Weight of each shard, by name; weights need not sum to 1."""
+    tokenizer: str = "tokenizer.model"
+    num_frames: Positive = 64
+    """Length of a sample in training; shorter ones are padded with zero tokens."""
+    task_delay: Natural = 3
+    """Frames from the end of a heard word to its text."""
+    speech_lead: Natural = 1
+    """Frames from the text of a word to its sound, where the model speaks."""
+
+
+class ParallelSection(Section):
+    """The layout. The data parallel size is what the world size leaves."""
+
+    tensor_model_parallel_size: Positive = 1
+    pipeline_model_parallel_size: Positive = 1
+    sequence_parallel: bool = False
+    use_distributed_optimizer: bool = True
+
+
+class OptimizerSection(Section):
+    """AdamW with warm-up and decay, as megatron-core's OptimizerConfig and OptimizerParamScheduler spell it."""
+
+    lr: float = Field(1e-3, gt=0)
+    min_lr: float = Field(0.0, ge=0)
+    lr_warmup_steps: Natural = 100
+    lr_decay_style: Literal["linear", "cosine", "constant"] = "cosine"
+    weight_decay: float = Field(0.1, ge=0)
+    adam_beta1: float = Field(0.9, gt=0, lt=1)
+    adam_beta2: float = Field(0.95, gt=0, lt=1)
+    adam_eps: float = Field(1e-8, gt=0)
+    clip_grad: float = Field(1.0, ge=0)
+
+
+class TrainingSection(Section):
+    """How long and in what portions. A step is one optimizer step over `global_batch_size` samples."""
+
+    train_steps: Positive = 1000
+    exit_step: Natural = 0
+    """Stop (with a checkpoint) at this step though the schedule goes on to `train_steps`; 0 means no early stop.
+    It lets a run change its layout half way."""
+    micro_batch_size: Positive = 8
+    global_batch_size: Positive = 32
+    params_dtype: Literal["fp32", "bf16"] = "fp32"
+    eval_interval: Natural = 200
+
+
+class CheckpointSection(Section):
+    """When to save, how many to keep, what to start from."""
+
+    save_interval: Natural = 200
+    """Steps between checkpoints; 0 saves at the end only. The end is always saved."""
+    keep_last: Positive = 2
+    save_seed: bool = False
+    """Save the untrained weights too, as step 0, for other layouts to start from."""
+    seed_checkpoint: str = ""
+    """Weights to start from when the run has no checkpoint of its own: only the model is read."""
+
+
+class LoggingSection(Section):
+    """What is written while training."""
+
+    log_interval: Positive = 10
+    tensorboard: bool = True
+    sample_interval: Natural = 0
+    """Steps between audio samples and spectrograms of what the model says; 0 means none."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunSection
+    model: ModelSection
+    streams: StreamsSection
+    temporal: TemporalSection
+    depth: DepthSection
+    loss: LossSection
+    codec: CodecSection
+    data: DataSection
+    parallel: ParallelSection
+    optimizer: OptimizerSection
+    training: TrainingSection
+    checkpoint: CheckpointSection
+    logging: LoggingSection
+
+
+SECTIONS: dict[str, type[Section]] = {name: field.annotation for name, field in Config.model_fields.items()}

@@ -1,0 +1,132 @@
+"""From shards to the batches of a step: by weight, deterministic by step, the same on any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.utils import Split
+from torch import Tensor
+
+from megaspeech.config import Config
+from megaspeech.data.shards import Shard
+from megaspeech.data.tasks import ZERO_TOKEN
+from megaspeech.data.weights import loss_weights
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One microbatch: codes `[B, S, T]` int64 and loss weights `[B, P, T]` float32."""
+
+    codes_BST: Tensor
+    weights_BPT: Tensor
+
+    def to(self, device: torch.device | str | int) -> Batch:
+        """The batch on another device."""
+        return Batch(self.codes_BST.to(device), self.weights_BPT.to(device))
+
+    def weight_sums(self) -> Tensor:
+        """Sums of the text and of the audio weights `[2]` float64."""
+        return torch.stack([self.weights_BPT[:, 0].double().sum(), self.weights_BPT[:, 1:].double().sum()])
+
+
+class ShardSamples(torch.utils.data.Dataset):
+    """A shard without end: epoch after epoch, each in an order of its own. What BlendedDataset mixes."""
+
+    index_split = Split.train
+
+    def __init__(self, prefix: str | Path, *, config: Config) -> None:
+        self.shard = Shard(prefix)
+        self.shard.header.check_streams(config.streams, prefix=prefix)
+        self.config = config
+        self.unique_identifiers = {"shard": str(prefix), "seed": config.run.seed}
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    def __len__(self) -> int:
+        return np.iinfo(np.int64).max
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        epoch, place = divmod(int(index), len(self.shard))
+        if self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng([self.config.run.seed, epoch]).permutation(len(self.shard)))
+        # Drawn from the sample's own number, not from a running generator: the same after a resume, on any rank.
+        return self.sample(
+            int(self._order[1][place]), generator=np.random.default_rng([self.config.run.seed, int(index)])
+        )
+
+    def sample(self, index: int, *, generator: np.random.Generator) -> dict[str, np.ndarray]:
+        """Sample `index` of the shard and its loss weights."""
+        codes_ST = self.shard[index]
+        weights_PT = loss_weights(
+            codes_ST,
+            header=self.shard.header,
+            streams=self.config.streams,
+            loss=self.config.loss,
+            generator=generator,
+        )
+        return {"codes": codes_ST, "weights": weights_PT}
+
+
+class TrainBatches:
+    """The microbatches of any step for one data parallel rank."""
+
+    def __init__(self, config: Config, *, dp_rank: int, dp_size: int) -> None:
+        if not config.data.mixture:
+            raise ValueError(
+                "data.mixture: no shards are named; give each a weight, for example mixture = {asr-en = 1.0}"
+            )
+        directory, training = Path(config.data.directory) / "train", config.training
+        self.config, self.dp_rank, self.dp_size = config, dp_rank, dp_size
+        self.samples = BlendedDataset(
+            [ShardSamples(directory / name, config=config) for name in config.data.mixture],
+            list(map(float, config.data.mixture.values())),
+            training.train_steps * training.global_batch_size,
+            SimpleNamespace(path_to_cache=None, defer_npy_index_mmap=False, fast_cache_load=False),
+        )
+
+    def __call__(self, step: int) -> list[Batch]:
+        """This rank's microbatches of step `step`, counted from 0."""
+        size, training = self.config.training.micro_batch_size, self.config.training
+        first = step * training.global_batch_size
+        starts = range(first + self.dp_rank * size, first + training.global_batch_size, self.dp_size * size)
+        return [
+            collate([self.samples[index] for index in range(start, start + size)], config=self.config, size=size)
+            for start in starts
+        ]
+
+
+def valid_batches(config: Config, *, dp_rank: int, dp_size: int) -> Mapping[str, list[Batch]]:
+    """All validation samples by shard name, as this rank's microbatches; every frame is counted."""
+    whole = config.loss.model_copy(update={"silence_fraction": 1.0, "speech_fraction": 1.0})
+    config = config.model_copy(update={"loss": whole})
+    size, batches = config.training.micro_batch_size, {}
+    for name in config.data.mixture:
+        samples = ShardSamples(Path(config.data.directory) / "valid" / name, config=config)
+        count = len(samples.shard)
+        # Every rank runs the same number of microbatches, the last ones perhaps empty.
+        rounds = -(-count // (size * dp_size))
+        batches[name] = []
+        for start in range(dp_rank * size, rounds * dp_size * size, dp_size * size):
+            items = [
+                samples.sample(index, generator=np.random.default_rng(0))
+                for index in range(start, min(start + size, count))
+            ]
+            batches[name].append(collate(items, config=config, size=size))
+    return batches
+
+
+def collate(items: list[dict[str, np.ndarray]], *, config: Config, size: int) -> Batch:
+    """Samples side by side, cut or padded with zero tokens to `data.num_frames` frames and `size` samples."""
+    num_frames, streams = config.data.num_frames, config.streams
+    codes = np.full((size, streams.num_streams, num_frames), ZERO_TOKEN, dtype=np.int64)
+    weights = np.zeros((size, 1 + streams.num_codebooks, num_frames), dtype=np.float32)
+    for row, item in enumerate(items):
+        kept = min(num_frames, item["codes"].shape[1])
+        codes[row, :, :kept] = item["codes"][:, :kept]
+        weights[row, :, :kept] = item["weights"][:, :kept]
+    return Batch(torch.from_numpy(codes), torch.from_numpy(weights))

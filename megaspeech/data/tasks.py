@@ -1,0 +1,151 @@
+"""What a sample of each task looks like: which words stand in the text stream, and at which frame.
+
+A sample begins with the prompt, one piece a frame: the task (`<asr>`) and the language of the answer (`<en>`). Then the
+heard audio starts (`asr`, `st`, `s2st`). The text stream follows Moshi's inner monologue (arXiv 2410.00037, section
+3.4.4): PAD everywhere, EPAD in the frame before a word, the word's pieces from its own frame on. Where a word stands:
+
+- `asr`, `st`: `task_delay` frames after the frame in which the heard word ends, so that a word is written once heard;
+- `tts`, `s2st`: `speech_lead` frames before the frame in which the model starts to say it.
+
+Axes: Q codebooks, S streams (text, the model's own codebooks, the heard codebooks), T frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megaspeech.config.schema import StreamsSection
+
+ZERO_TOKEN = -1
+"""No input and no loss: the embedding of this token is exactly zero."""
+
+PROMPT_FRAMES = 2
+TASKS = ("asr", "st", "tts", "s2st")
+LANGUAGES = ("en", "ja")
+PROMPT_SYMBOLS = tuple(f"<{word}>" for word in (*TASKS, *LANGUAGES))
+
+
+@dataclass(frozen=True)
+class Task:
+    """One direction of one task, for example `Task("st", source="ja", target="en")`, written `st-ja-en`."""
+
+    name: str
+    source: str
+    target: str
+
+    def __post_init__(self) -> None:
+        if self.name not in TASKS:
+            raise ValueError(f"taskname {self.name!r} is not one of {', '.join(TASKS)}")
+        for language in (self.source, self.target):
+            if language not in LANGUAGES:
+                raise ValueError(f"language {language!r} is not one of {', '.join(LANGUAGES)}")
+
+    @property
+    def key(self) -> str:
+        """`asr-en`, `tts-ja`, `st-ja-en`: the languages once where they are the same."""
+        return (
+            f"{self.name}-{self.target}" if self.source == self.target else f"{self.name}-{self.source}-{self.target}"
+        )
+
+    @property
+    def prompt(self) -> tuple[str, str]:
+        """The symbols that open the text stream; the spoken language is for the model to hear."""
+        return (f"<{self.name}>", f"<{self.target}>")
+
+    @property
+    def hears(self) -> bool:
+        """True where the given streams hold speech."""
+        return self.name != "tts"
+
+    @property
+    def speaks(self) -> bool:
+        """True where the predicted codebooks hold speech rather than silence."""
+        return self.name in ("tts", "s2st")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Delays in frames, a property of the data.
+
+    `task_delay`: from the frame in which a heard word ends to the frame of its text.
+    `speech_lead`: from the frame of a word's text to the frame in which the model starts to say it.
+    """
+
+    task_delay: int = 3
+    speech_lead: int = 1
+
+    def speech_origin(self, task: Task) -> int:
+        """The frame at which the clock of a task's audio starts: after the prompt; for `tts`, late enough for EPAD
+        and the first word's text to come before its sound."""
+        return PROMPT_FRAMES if task.hears else PROMPT_FRAMES + 1 + self.speech_lead
+
+    def text_frame(self, task: Task, *, start: float, end: float, frame_rate: float) -> int:
+        """The frame of the text of a word that sounds from `start` to `end` seconds."""
+        if task.speaks:
+            return self.speech_origin(task) + int(start * frame_rate) - self.speech_lead
+        return self.speech_origin(task) + int(end * frame_rate) + self.task_delay
+
+
+def text_stream(
+    words: Sequence[tuple[int, Sequence[int]]], *, prompt: Sequence[int], num_frames: int, streams: StreamsSection
+) -> np.ndarray:
+    """The text tokens `[T]` int64 of a sample.
+
+    Args:
+        words: (frame, piece ids) in order; a word whose frame is still taken moves right.
+        prompt: the prompt's piece ids, one for each of the first `PROMPT_FRAMES` frames.
+        num_frames: least T; longer if the words need it.
+        streams: names the PAD and EPAD ids.
+    """
+    row, free = list(prompt), len(prompt)
+    for frame, pieces in words:
+        frame = max(frame, free)
+        row.extend([streams.text_pad_id] * (frame - len(row)))
+        if frame - 1 >= len(prompt) and row[frame - 1] == streams.text_pad_id:
+            row[frame - 1] = streams.text_end_pad_id
+        row.extend(pieces)
+        free = len(row)
+    row.extend([streams.text_pad_id] * (num_frames - len(row)))
+    return np.asarray(row, dtype=np.int64)
+
+
+def lay_out(
+    task: Task,
+    *,
+    text: np.ndarray,
+    heard: np.ndarray | None,
+    spoken: np.ndarray | None,
+    silence: np.ndarray,
+    timing: Timing,
+    streams: StreamsSection,
+) -> np.ndarray:
+    """The codes `[S, T]` int64 of a sample.
+
+    Args:
+        task: says where the audio starts.
+        text: tokens of the text stream `[T]`; T grows where the audio is longer.
+        heard: codes `[Q, T_heard]` of what the model hears, or None.
+        spoken: codes `[Q, T_spoken]` of what the model says, or None.
+        silence: the codec's codes for silence `[Q]`; what the model says, and hears, outside the audio.
+        timing: the delays.
+        streams: number of codebooks of each speaker.
+
+    Returns:
+        Codes; streams that nobody speaks on hold `ZERO_TOKEN`.
+    """
+    origin = timing.speech_origin(task)
+    num_frames = max([len(text)] + [origin + codes.shape[1] for codes in (heard, spoken) if codes is not None])
+    codes = np.full((streams.num_streams, num_frames), ZERO_TOKEN, dtype=np.int64)
+    codes[0] = streams.text_pad_id
+    codes[0, : len(text)] = text
+    own, given = codes[1 : 1 + streams.num_codebooks], codes[1 + streams.num_codebooks :]
+    own[:] = silence[: streams.num_codebooks, None]
+    if spoken is not None:
+        own[:, origin : origin + spoken.shape[1]] = spoken[: streams.num_codebooks]
+    if heard is not None:
+        given[:, origin:] = silence[: streams.num_given_codebooks, None]
+        given[:, origin : origin + heard.shape[1]] = heard[: streams.num_given_codebooks]
+    return codes

@@ -1,0 +1,41 @@
+"""Core attention of the local layer spec, on torch's scaled_dot_product_attention.
+
+megatron-core's own local attention builds all scores in a shared buffer; this one lets torch choose a fused kernel,
+on the CPU too.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class CoreAttention(MegatronModule):
+    """Causal attention, optionally over a sliding window, of this rank's heads."""
+
+    def __init__(
+        self, config: object, layer_number: int, attn_mask_type: object, attention_type: str, **_: object
+    ) -> None:
+        super().__init__(config=config)
+        assert attention_type == "self", "the temporal transformer has self attention only"
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: None = None, **_: object) -> Tensor:
+        """`query` `[T, B, heads, width]`, `key` and `value` `[T, B, groups, width]` -> `[T, B, heads * width]`."""
+        assert attention_mask is None, "the causal mask and the window come from the config"
+        frames, grouped = query.shape[0], query.shape[2] != key.shape[2]
+        window = self.config.window_size[0] + 1 if self.config.window_size else frames
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        mask = None if window >= frames else _window_mask(frames, window, query.device)
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+        )
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def _window_mask(frames: int, window: int, device: torch.device) -> Tensor:
+    """True where position i sees position j: 0 <= i - j < window, `[frames, frames]`."""
+    position = torch.arange(frames, device=device)
+    distance = position[:, None] - position[None, :]
+    return (distance >= 0) & (distance < window)

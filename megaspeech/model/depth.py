@@ -1,0 +1,127 @@
+"""The depth transformer: the codebooks of one frame, each with weights of its own, for many frames at once.
+
+Frames are independent, so tensor parallel ranks share the frames, not the weights: no collective inside, and the
+weights' gradients are summed over the group after the step (`parallel.reductions`). One batched matmul a projection
+serves all codebooks.
+
+Per frame with temporal output h (moshi's `LMModel.forward_depformer_training`):
+    x_0 = in_0 h + text_embedding(text),   x_q = in_q h + embedding_{q-1}(token of codebook q-1),
+then pre-norm attention over codebooks (causal, no positions) and SwiGLU, no final norm, and head_q.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import functional as F
+
+from megaspeech.config import Config
+from megaspeech.kernels import Kernels
+from megaspeech.model.embedding import padded_rows, table_offsets
+
+
+class CodebookLinear(torch.nn.Module):
+    """One weight a codebook, `[Q, in, out]`, drawn uniformly within +-1/sqrt(in) as torch's Linear (and moshi) does."""
+
+    def __init__(self, num_codebooks: int, width_in: int, width_out: int, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(width_in)
+        self.weight = torch.nn.Parameter(
+            torch.empty(num_codebooks, width_in, width_out).uniform_(-bound, bound).to(dtype)
+        )
+
+    def forward(self, x_QNI: Tensor) -> Tensor:
+        """`[Q, N, in]`, or `[N, in]` shared by the codebooks, -> `[Q, N, out]`."""
+        return torch.matmul(x_QNI, self.weight)
+
+
+class DepthNorm(torch.nn.Module):
+    """RMSNorm over the depth width, shared by the codebooks; see `model.norm`."""
+
+    def __init__(self, width: int, *, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(width, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis."""
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
+
+
+class DepthLayer(torch.nn.Module):
+    """x + proj(attention(norm(x))), then x + out(silu(gate) * up), per codebook."""
+
+    def __init__(self, config: Config, *, kernels: Kernels, dtype: torch.dtype) -> None:
+        super().__init__()
+        shape, codebooks = config.depth, config.streams.num_codebooks
+        self.kernel = kernels.depth_attention.depth_attention
+        self.heads, self.groups = shape.num_attention_heads, shape.num_query_groups
+        head_width = shape.hidden_size // self.heads
+        eps = config.model.layernorm_epsilon
+        self.attention_norm = DepthNorm(shape.hidden_size, eps=eps, dtype=dtype)
+        self.qkv = CodebookLinear(
+            codebooks, shape.hidden_size, (self.heads + 2 * self.groups) * head_width, dtype=dtype
+        )
+        self.proj = CodebookLinear(codebooks, shape.hidden_size, shape.hidden_size, dtype=dtype)
+        self.mlp_norm = DepthNorm(shape.hidden_size, eps=eps, dtype=dtype)
+        self.fc1 = CodebookLinear(codebooks, shape.hidden_size, 2 * shape.ffn_hidden_size, dtype=dtype)
+        self.fc2 = CodebookLinear(codebooks, shape.ffn_hidden_size, shape.hidden_size, dtype=dtype)
+
+    def forward(self, x_QND: Tensor) -> Tensor:
+        """`[Q, N, D]` -> `[Q, N, D]`."""
+        qkv = self.qkv(self.attention_norm(x_QND)).unflatten(-1, (self.heads + 2 * self.groups, -1))
+        query, key, value = qkv.split([self.heads, self.groups, self.groups], dim=2)
+        x_QND = x_QND + self.proj(self.kernel(query, key, value))
+        gate, up = self.fc1(self.mlp_norm(x_QND)).chunk(2, dim=-1)
+        return x_QND + self.fc2(F.silu(gate) * up)
+
+
+class DepthTransformer(MegatronModule):
+    """From temporal outputs and the tokens of the frame to the codebooks' cross entropies."""
+
+    def __init__(self, config: Config, *, megatron: TransformerConfig, kernels: Kernels) -> None:
+        super().__init__(megatron)
+        streams, shape, dtype = config.streams, config.depth, megatron.params_dtype
+        self.embedding_kernel = kernels.stream_embedding.packed_embedding
+        self.head_kernel = kernels.codebook_cross_entropy.codebook_cross_entropy
+        # Codebook q reads text for q = 0, codebook q - 1 otherwise: the first Q streams, the last codebook left out.
+        read = streams.cardinalities[: streams.num_codebooks]
+        self.input = CodebookLinear(streams.num_codebooks, config.temporal.hidden_size, shape.hidden_size, dtype=dtype)
+        table = torch.empty(padded_rows(read), shape.hidden_size).normal_(std=shape.hidden_size**-0.5)
+        self.embedding = torch.nn.Parameter(table.to(dtype))
+        self.register_buffer("offsets", torch.tensor(table_offsets(read)), persistent=False)
+        self.layers = torch.nn.ModuleList(
+            DepthLayer(config, kernels=kernels, dtype=dtype) for _ in range(shape.num_layers)
+        )
+        self.heads = CodebookLinear(streams.num_codebooks, shape.hidden_size, streams.cardinality, dtype=dtype)
+        for parameter in self.parameters():
+            parameter.tensor_parallel_partial = True  # each rank saw its frames only: see parallel.reductions
+
+    def hidden(self, hidden_NH: Tensor, tokens_QN: Tensor) -> Tensor:
+        """Outputs of the last layer `[Q, N, D]`.
+
+        Args:
+            hidden_NH: the temporal transformer's output of N frames.
+            tokens_QN: what each codebook reads: the frame's text token, then its first Q - 1 codebooks (delayed,
+                initial tokens included, -1 adds nothing).
+        """
+        # As Q "samples" of one stream: every codebook's token is looked up by itself, nothing is summed.
+        rows_Q1N = (tokens_QN + self.offsets[:, None]).where(tokens_QN >= 0, tokens_QN)[:, None]
+        x_QND = self.input(hidden_NH) + self.embedding_kernel(
+            rows_Q1N, self.embedding, offsets=torch.zeros_like(self.offsets[:1])
+        )
+        for layer in self.layers:
+            x_QND = layer(x_QND)
+        return x_QND
+
+    def forward(self, hidden_NH: Tensor, tokens_QN: Tensor, targets_QN: Tensor) -> tuple[Tensor, Tensor]:
+        """(cross entropy FP32, correct) `[Q, N]` each; a target of -1 costs nothing."""
+        return self.head_kernel(self.hidden(hidden_NH, tokens_QN), self.heads.weight, targets_QN)
+
+    def logits(self, hidden_NH: Tensor, tokens_QN: Tensor) -> Tensor:
+        """Logits `[Q, N, V]` FP32, for checks against other runtimes."""
+        return self.heads(self.hidden(hidden_NH, tokens_QN)).float()

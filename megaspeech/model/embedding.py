@@ -1,0 +1,61 @@
+"""The packed table of all stream embeddings, its rows sharded over the tensor parallel group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.tensor_parallel import VocabParallelEmbedding
+from megatron.core.tensor_parallel.mappings import (
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megaspeech.config.checks import EMBEDDING_ROWS_MULTIPLE
+from megaspeech.config.schema import StreamsSection
+from megaspeech.kernels import Kernels
+
+
+def table_offsets(cardinalities: Sequence[int]) -> list[int]:
+    """First row of each stream in a packed table of `cardinality + 1` rows a stream (the last is the initial token)."""
+    offsets = [0]
+    for cardinality in cardinalities[:-1]:
+        offsets.append(offsets[-1] + cardinality + 1)
+    return offsets
+
+
+def padded_rows(cardinalities: Sequence[int]) -> int:
+    """Rows of the packed table, padded to one multiple for every layout."""
+    rows = sum(cardinalities) + len(cardinalities)
+    return rows + -rows % EMBEDDING_ROWS_MULTIPLE
+
+
+class StreamEmbedding(MegatronModule):
+    """Raw codes to the temporal transformer's input; delays and initial tokens are applied on the way."""
+
+    def __init__(self, streams: StreamsSection, *, megatron: TransformerConfig, kernels: Kernels) -> None:
+        super().__init__(megatron)
+        self.kernel = kernels.stream_embedding.stream_embedding
+        self.table = VocabParallelEmbedding(
+            padded_rows(streams.cardinalities), megatron.hidden_size, init_method=megatron.init_method, config=megatron
+        )
+        self.register_buffer("delays", torch.tensor(streams.delays), persistent=False)
+        self.register_buffer("initial", torch.tensor(streams.cardinalities), persistent=False)
+        self.register_buffer("offsets", torch.tensor(table_offsets(streams.cardinalities)), persistent=False)
+
+    def forward(self, codes_BST: Tensor) -> Tensor:
+        """`[T, B, H]`; under sequence parallelism this rank's frames `[T / tp, B, H]`."""
+        partial_TBH = self.kernel(
+            codes_BST,
+            self.table.weight,
+            delays=self.delays,
+            initial=self.initial,
+            offsets=self.offsets,
+            first_row=self.table.vocab_start_index,
+        )
+        if self.config.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(partial_TBH)
+        return reduce_from_tensor_model_parallel_region(partial_TBH)

@@ -1,0 +1,132 @@
+"""The speech-text language model of one pipeline stage.
+
+Equal, logit for logit, to `moshi.models.lm.LMModel` with the same weights. `codes_BST` are the raw codes of a sample,
+text first, then the predicted and the given codebooks; shifting and delaying happen inside.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megaspeech.config import Config
+from megaspeech.kernels import KERNELS
+from megaspeech.kernels.stream_embedding.reference import delayed_codes
+from megaspeech.model.depth import DepthTransformer
+from megaspeech.model.embedding import StreamEmbedding
+from megaspeech.model.losses import Losses, stream_losses
+from megaspeech.model.temporal import TemporalTransformer, transformer_config
+
+
+class SpeechTextModel(MegatronModule):
+    """Embedding (first stage), temporal layers (every stage), text head and depth transformer (last stage)."""
+
+    def __init__(self, config: Config, *, pre_process: bool, post_process: bool) -> None:
+        megatron = transformer_config(config)
+        super().__init__(megatron)
+        # Names that megatron's schedule, wrapper and gradient reductions read:
+        self.pre_process, self.post_process = pre_process, post_process
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = False
+
+        self.streams = config.streams
+        self.num_predicted = 1 + config.streams.num_codebooks
+        kernels = KERNELS[config.model.kernels]
+        if pre_process:
+            self.embedding = StreamEmbedding(config.streams, megatron=megatron, kernels=kernels)
+        self.temporal = TemporalTransformer(
+            config, megatron=megatron, pre_process=pre_process, post_process=post_process
+        )
+        if post_process:
+            self.text_head = tensor_parallel.ColumnParallelLinear(
+                megatron.hidden_size,
+                config.streams.text_cardinality,
+                config=megatron,
+                init_method=megatron.init_method,
+                bias=False,
+                gather_output=False,
+            )
+            self.depth = DepthTransformer(config, megatron=megatron, kernels=kernels)
+            self.register_buffer("delays", torch.tensor(config.streams.delays), persistent=False)
+            self.register_buffer("initial", torch.tensor(config.streams.cardinalities), persistent=False)
+
+    def set_input_tensor(self, hidden: Tensor | list[Tensor | None] | None) -> None:
+        """Hand over what the previous stage sent; the pipeline schedule calls this."""
+        self.temporal.set_input_tensor(hidden[0] if isinstance(hidden, list) else hidden)
+
+    def forward(self, codes_BST: Tensor, weights_BPT: Tensor | None = None) -> Tensor | Losses | tuple[Tensor, Tensor]:
+        """One microbatch through this stage.
+
+        Args:
+            codes_BST: integer codes; -1 is no input and no loss.
+            weights_BPT: weight of every predicted token in the loss, 0 for none; None asks for logits.
+
+        Returns:
+            `hidden_TBH` for the next stage; of the last stage its `Losses`, or without weights the logits, FP32: text
+            `[B, T, V_text]` and audio `[B, Q, T, V]`. Position t of a codebook predicts its token of frame t - delay.
+        """
+        hidden_TBH = self.embedding(codes_BST) if self.pre_process else None
+        hidden_TBH = self.temporal(hidden_TBH, num_frames=codes_BST.shape[-1])
+        if not self.post_process:
+            return hidden_TBH
+        tokens_BPT = self._delayed(codes_BST, fill=self.initial)
+        if weights_BPT is None:
+            return self._logits(hidden_TBH, tokens_BPT)
+        weights_BPT = self._delayed(weights_BPT, fill=torch.zeros_like(self.initial))  # initial tokens weigh nothing
+        return stream_losses(
+            self._text_loss(hidden_TBH, tokens_BPT[:, 0], weights_BPT[:, 0]),
+            self._audio_loss(hidden_TBH, tokens_BPT, weights_BPT),
+            tensor_parallel_size=self.config.tensor_model_parallel_size,
+        )
+
+    def _delayed(self, x_BST: Tensor, *, fill: Tensor) -> Tensor:
+        """The predicted streams of `x_BST`, each moved right by its acoustic delay `[B, P, T]`."""
+        predicted = slice(0, self.num_predicted)
+        return delayed_codes(x_BST[:, predicted], shifts=self.delays[predicted], fill=fill[predicted])
+
+    def _logits(self, hidden_TBH: Tensor, tokens_BPT: Tensor) -> tuple[Tensor, Tensor]:
+        text_TBV = gather_from_tensor_model_parallel_region(self.text_head(hidden_TBH)[0])
+        if self.config.sequence_parallel:
+            hidden_TBH = gather_from_sequence_parallel_region(hidden_TBH, tensor_parallel_output_grad=False)
+        audio_QNV = self.depth.logits(hidden_TBH.flatten(0, 1), _frames_first(tokens_BPT)[:-1].flatten(1))
+        audio_QTBV = audio_QNV.unflatten(1, hidden_TBH.shape[:2])
+        return text_TBV.transpose(0, 1).float(), audio_QTBV.permute(2, 0, 1, 3)
+
+    def _text_loss(self, hidden_TBH: Tensor, tokens_BT: Tensor, weights_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits_TBV, _ = self.text_head(hidden_TBH)  # vocabulary sharded; gathers the frames under sequence parallelism
+        targets_TB, weights_TB = tokens_BT.T.contiguous(), weights_BT.T
+        best_TBV = gather_from_tensor_model_parallel_region(logits_TBV.detach())
+        correct_TB = best_TBV.argmax(-1) == targets_TB
+        # A zero token is no class: it is given one, and the weight 0.
+        loss_TB = tensor_parallel.vocab_parallel_cross_entropy(logits_TBV.float(), targets_TB.clamp(min=0))
+        weights_TB = weights_TB * (targets_TB >= 0)
+        return loss_TB.flatten(), correct_TB.flatten(), weights_TB.flatten()
+
+    def _audio_loss(self, hidden_TBH: Tensor, tokens_BPT: Tensor, weights_BPT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """This tensor parallel rank's share of the frames: the one sequence parallelism leaves it anyway."""
+        size = self.config.tensor_model_parallel_size
+        if size > 1 and not self.config.sequence_parallel:
+            hidden_TBH = scatter_to_sequence_parallel_region(hidden_TBH)
+        frames = hidden_TBH.shape[0]
+        first = parallel_state.get_tensor_model_parallel_rank() * frames if size > 1 else 0
+        tokens_PTB = _frames_first(tokens_BPT)[:, first : first + frames]
+        weights_QTB = _frames_first(weights_BPT)[1:, first : first + frames]
+        # Frames without weight (silence left out, padding, nothing to say) never enter the depth transformer.
+        kept_TB = (weights_QTB > 0).any(0)
+        tokens_PN, weights_QN = tokens_PTB[:, kept_TB], weights_QTB[:, kept_TB]
+        targets_QN = tokens_PN[1:].masked_fill(weights_QN == 0, -1)
+        loss_QN, correct_QN = self.depth(hidden_TBH[kept_TB], tokens_PN[:-1], targets_QN)
+        return loss_QN, correct_QN, weights_QN
+
+
+def _frames_first(x_BPT: Tensor) -> Tensor:
+    """`[B, P, T]` -> `[P, T, B]`, the order of the temporal transformer's frames."""
+    return x_BPT.permute(1, 2, 0)

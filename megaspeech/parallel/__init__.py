@@ -1,0 +1,1 @@
+"""How the model is spread: the host, process groups, wrapping, the pipeline schedule, reductions."""

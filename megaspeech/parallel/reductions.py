@@ -1,0 +1,44 @@
+"""Sums over ranks that megatron-core does not do by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from torch import Tensor
+
+
+def finalise_gradients(chunks: list[torch.nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:
+    """megatron-core's gradient reductions, and the sum over the tensor parallel group of the parameters marked
+    `tensor_parallel_partial`: replicated weights through which every rank put its own share of the frames."""
+    finalize_model_grads(chunks, num_tokens, **options)
+    group = parallel_state.get_tensor_model_parallel_group()
+    if group.size() == 1:
+        return
+    gradients = [
+        parameter.main_grad
+        for chunk in chunks
+        for parameter in chunk.parameters()
+        if getattr(parameter, "tensor_parallel_partial", False)
+    ]
+    if not gradients:  # not the last stage
+        return
+    flat = torch._utils._flatten_dense_tensors(gradients)
+    dist.all_reduce(flat, group=group)
+    for gradient, total in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients), strict=True):
+        gradient.copy_(total)
+
+
+def sum_over_data_parallel(values: Tensor) -> Tensor:
+    """`values` summed over the data parallel group, in place."""
+    dist.all_reduce(values, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    return values
+
+
+def sum_over_tensor_and_data_parallel(values: Tensor) -> Tensor:
+    """`values` summed over the tensor and data parallel groups of a pipeline stage, in place."""
+    dist.all_reduce(values, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
+    return values

@@ -1,0 +1,34 @@
+"""One step's microbatches through megatron-core's pipeline schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+
+def run_microbatches(
+    forward_step: Callable[[Iterator[Any], torch.nn.Module], tuple[Any, Callable]],
+    *,
+    chunk: torch.nn.Module,
+    microbatches: Sequence[Any],
+    num_frames: int,
+    micro_batch_size: int,
+    forward_only: bool,
+) -> list[dict[str, Any]]:
+    """Forward, and backward unless `forward_only`, of all microbatches of this data parallel rank.
+
+    Returns:
+        On the last stage what the loss function reported of each microbatch; elsewhere nothing.
+    """
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(microbatches),
+        model=[chunk],
+        num_microbatches=len(microbatches),
+        seq_length=num_frames,
+        micro_batch_size=micro_batch_size,
+        forward_only=forward_only,
+    )

@@ -1,0 +1,122 @@
+"""The one door to Kyutai's `moshi` package: load an exported model, make a generator for it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from moshi.models import LMGen, LMModel
+
+    TokenHook = Callable[[torch.Tensor], None]
+
+MOSHI_VERSION = "0.2.13"
+"""As pinned in constraints.txt."""
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+def import_moshi(device: str | torch.device = "cpu") -> ModuleType:
+    """The `moshi.models` module.
+
+    Raises:
+        ImportError: it is not installed; says how to.
+    """
+    if torch.device(device).type != "cuda":
+        # Read once, when moshi is imported. Without it the runtime compiles its last norm with inductor even on a
+        # CPU: some 27 s in the first step, again for every new batch size, and an error where there is no C++ compiler.
+        os.environ.setdefault("NO_TORCH_COMPILE", "1")
+    try:
+        import moshi.models
+        import moshi.models.loaders
+    except ImportError as error:
+        raise ImportError(
+            f"streaming runs on Kyutai's moshi runtime, which cannot be imported ({error}). Install it with "
+            f"`pip install --no-deps moshi=={MOSHI_VERSION}` (its own pins exclude our torch) and the packages it "
+            f"imports with `pip install einops sphn tqdm huggingface_hub`"
+        ) from error
+    return moshi.models
+
+
+def load_runtime(
+    directory: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> LMModel:
+    """Load `config.json` and `model.safetensors` (packed names) of an exported model with moshi's own loaders.
+
+    Args:
+        directory: holds both files; `moshi_name` in the config may name other weights.
+        device: where the model goes.
+        dtype: of the weights once loaded.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        ValueError: a file is missing or unreadable, or the two do not fit each other; names it and the remedy.
+        ImportError: moshi is not installed.
+    """
+    directory = Path(directory)
+    config = _read_config(directory / CONFIG_FILE)
+    weights = directory / config.get("moshi_name", WEIGHTS_FILE)
+    _require_file(weights)
+    loaders = import_moshi(device).loaders
+    try:
+        # Explicit paths everywhere: a None would be looked for on the hub.
+        info = loaders.CheckpointInfo.from_hf_repo(
+            str(directory),
+            moshi_weights=weights,
+            mimi_weights=directory,
+            tokenizer=directory,
+            config_path=directory / CONFIG_FILE,
+        )
+        return info.get_moshi(device=device, dtype=dtype)
+    except (RuntimeError, TypeError, KeyError, AssertionError) as error:
+        raise ValueError(
+            f"{directory}: {CONFIG_FILE} and {weights.name} do not make a model that moshi {MOSHI_VERSION} can load "
+            f"({type(error).__name__}: {error}); export the checkpoint again"
+        ) from error
+
+
+def make_generator(
+    lm: LMModel,
+    *,
+    on_text_logits_hook: TokenHook | None = None,
+    on_text_hook: TokenHook | None = None,
+    on_audio_hook: TokenHook | None = None,
+) -> LMGen:
+    """A greedy generator over `lm`.
+
+    The hooks may change in place: text logits `[B, 1, 1, V]`, text tokens `[B]`, own codes `[B, Q]`, in this order
+    at every step.
+    """
+    return import_moshi(lm.device).LMGen(
+        lm,
+        use_sampling=False,
+        on_text_logits_hook=on_text_logits_hook,
+        on_text_hook=on_text_hook,
+        on_audio_hook=on_audio_hook,
+    )
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}; export the checkpoint into this directory first")
+
+
+def _read_config(path: Path) -> dict:
+    """The parsed config. Without `context` the runtime has no size for its cache and would fail at the first step."""
+    _require_file(path)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}); export the checkpoint again") from error
+    if not isinstance(config, dict) or not config.get("context"):
+        raise ValueError(f"{path}: the key context is missing; set it to the frames the temporal transformer sees")
+    return config

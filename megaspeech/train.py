@@ -1,0 +1,55 @@
+"""Train a run: `torchrun --nproc-per-node N -m megaspeech.train CONFIG.toml [section.field=value ...]`.
+
+The same command again goes on from the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+
+def main(arguments: list[str]) -> int:
+    """Run; returns the exit status. What a user can mend is one message, on one rank, without a traceback."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 2 if not arguments else 0
+    _silence_known_warnings()
+    from megaspeech.config import read_config
+
+    try:
+        config = read_config(arguments[0], arguments[1:], world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        _train(config)
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"megaspeech.train: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def _silence_known_warnings() -> None:
+    """What 64 ranks would each print at start, and no user can act on."""
+    # TransformerEngine and Apex are missing: model.transformer_impl has said so.
+    warnings.filterwarnings("ignore", module="megatron")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+    # The checkpoint writer's process imports all of it again.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+
+
+def _train(config: object) -> None:
+    from megaspeech.parallel import groups
+    from megaspeech.training.trainer import Trainer
+
+    grid = groups.initialise(config.parallel, seed=config.run.seed)
+    try:
+        Trainer(config, grid=grid).run()
+    finally:
+        groups.shut_down()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""The loop, the forward step, metrics, and what is written while training."""

@@ -1,0 +1,179 @@
+"""The loop: step, log, validate, save, go on where it was."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megaspeech.checkpoint import state, store
+from megaspeech.codecs.registry import load_codec
+from megaspeech.config import Config, write_config
+from megaspeech.data.mixture import Batch, TrainBatches, valid_batches
+from megaspeech.model.counting import count_flops, count_parameters
+from megaspeech.model.initialisation import initialise_from_codebooks
+from megaspeech.model.speech_text_model import SpeechTextModel
+from megaspeech.parallel.groups import Grid
+from megaspeech.parallel.reductions import sum_over_data_parallel
+from megaspeech.parallel.schedule import run_microbatches
+from megaspeech.parallel.wrap import wrap
+from megaspeech.training.forward_step import make_forward_step
+from megaspeech.training.journal import Journal
+from megaspeech.training.metrics import StreamMetrics, reduce_metrics
+from megaspeech.training.spoken_samples import log_spoken_sample
+
+
+class Trainer:
+    """One run on one rank.
+
+    Args:
+        config: the run.
+        grid: this rank's place; process groups are up (`parallel.groups.initialise`).
+    """
+
+    def __init__(self, config: Config, *, grid: Grid) -> None:
+        self.config, self.grid = config, grid
+        self.batches = TrainBatches(config, dp_rank=grid.dp_rank, dp_size=grid.dp_size)
+        self.valid = valid_batches(config, dp_rank=grid.dp_rank, dp_size=grid.dp_size)
+        self.codec = load_codec(config.codec.path) if config.codec.path else None
+        self.wrapped = wrap(config, build=self._build, initialise=self._initialise)
+        self.device = next(self.wrapped.model.parameters()).device
+        self.store = store.CheckpointStore(Path(config.run.directory) / "checkpoints", config=config)
+        header = self.batches.samples.datasets[0].shard.header
+        self.journal = Journal(config, is_main=grid.is_main, frame_rate=header.frame_rate)
+        self.step = 0
+        if grid.is_main:
+            write_config(config, Path(config.run.directory) / "config.toml")
+
+    def run(self) -> None:
+        """Train from the newest checkpoint, or the seed, to `training.exit_step` or `training.train_steps`."""
+        self._announce()
+        self._resume()
+        training, checkpoint = self.config.training, self.config.checkpoint
+        if checkpoint.save_seed and self.step == 0:
+            self.save()
+        last = min(training.exit_step or training.train_steps, training.train_steps)
+        while self.step < last:
+            started, learning_rate = time.perf_counter(), self.wrapped.optimizer.param_groups[0]["lr"]
+            metrics, grad_norm = self.train_step(self.batches(self.step))
+            self.step += 1
+            if metrics is not None:
+                self.journal.step(
+                    self.step,
+                    metrics,
+                    grad_norm=grad_norm,
+                    learning_rate=learning_rate,
+                    seconds=time.perf_counter() - started,
+                )
+            is_last = self.step == last
+            if is_last or (training.eval_interval and self.step % training.eval_interval == 0):
+                self.evaluate()
+            if is_last or (checkpoint.save_interval and self.step % checkpoint.save_interval == 0):
+                self.save()
+            if self.config.logging.sample_interval and self.step % self.config.logging.sample_interval == 0:
+                self._log_sample()
+        self.journal.close()
+
+    def train_step(self, batches: list[Batch]) -> tuple[StreamMetrics | None, float]:
+        """One optimizer step over this rank's microbatches.
+
+        Returns:
+            (metrics on the last stage, None elsewhere; gradient norm before clipping).
+        """
+        wrapped = self.wrapped
+        wrapped.chunk.zero_grad_buffer()
+        wrapped.optimizer.zero_grad()
+        reports, weight_sums = self._run(batches, forward_only=False)
+        _, grad_norm, _ = wrapped.optimizer.step()
+        wrapped.scheduler.step(increment=1)
+        return self._metrics(reports, weight_sums), float(grad_norm)
+
+    def evaluate(self) -> None:
+        """Validation losses of every task, all samples of `valid/`."""
+        self.wrapped.chunk.eval()
+        by_task = {}
+        with torch.no_grad():
+            for task, batches in self.valid.items():
+                by_task[task] = self._metrics(*self._run(batches, forward_only=True))
+        self.wrapped.chunk.train()
+        if self.grid.is_last_stage:
+            self.journal.valid(self.step, by_task)
+
+    def save(self) -> None:
+        """A checkpoint of the current step."""
+        started = time.perf_counter()
+        path = self.store.save(self._state(is_loading=False), step=self.step)
+        self.journal.say(f"step {self.step:>6}  saved {path} in {time.perf_counter() - started:.1f} s")
+
+    def _run(self, batches: list[Batch], *, forward_only: bool) -> tuple[list[dict[str, Tensor]], Tensor]:
+        weight_sums = torch.stack([batch.weight_sums() for batch in batches]).sum(0).to(self.device)
+        weight_sums = sum_over_data_parallel(weight_sums)
+        reports = run_microbatches(
+            make_forward_step(
+                weight_sums=weight_sums,
+                num_microbatches=len(batches),
+                dp_size=self.grid.dp_size,
+                tensor_parallel_size=self.config.parallel.tensor_model_parallel_size,
+            ),
+            chunk=self.wrapped.chunk,
+            microbatches=[batch.to(self.device) for batch in batches],
+            num_frames=self.config.data.num_frames,
+            micro_batch_size=self.config.training.micro_batch_size,
+            forward_only=forward_only,
+        )
+        return reports, weight_sums
+
+    def _metrics(self, reports: list[dict[str, Tensor]], weight_sums: Tensor) -> StreamMetrics | None:
+        if not self.grid.is_last_stage:
+            return None
+        return reduce_metrics(reports, weight_sums=weight_sums, streams=self.config.streams)
+
+    def _build(self) -> SpeechTextModel:
+        return SpeechTextModel(self.config, pre_process=self.grid.is_first_stage, post_process=self.grid.is_last_stage)
+
+    def _initialise(self, model: SpeechTextModel) -> None:
+        vectors = self.codec.codebook_vectors() if self.codec else None
+        if vectors is not None:
+            initialise_from_codebooks(model, vectors, streams=self.config.streams, seed=self.config.run.seed)
+
+    def _state(self, *, is_loading: bool) -> dict:
+        distributed = self.config.parallel.use_distributed_optimizer
+        return state.run_state(self.wrapped, step=self.step, distributed_optimizer=distributed, is_loading=is_loading)
+
+    def _resume(self) -> None:
+        latest, seed = self.store.latest(), self.config.checkpoint.seed_checkpoint
+        if latest is not None:
+            loaded = store.load(latest, self._state(is_loading=True), config=self.config)
+            self.step = state.load_run_state(self.wrapped, loaded)
+            self.journal.say(f"going on at step {self.step} from {latest}")
+        elif seed:
+            distributed = self.config.parallel.use_distributed_optimizer
+            wanted = state.model_state(self.wrapped, distributed_optimizer=distributed)
+            state.load_model_state(self.wrapped, store.load(seed, wanted, config=self.config))
+            self.journal.say(f"starting from the weights of {seed}")
+
+    def _announce(self) -> None:
+        parallel, parameters = self.config.parallel, count_parameters(self.config)
+        flops = count_flops(self.config, num_frames=self.config.data.num_frames)
+        layout = (
+            f"tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} x data"
+        )
+        self.journal.say(
+            f"{self.config.run.name}: {sum(parameters.values()):,} parameters ("
+            + ", ".join(f"{part} {count:,}" for part, count in parameters.items())
+            + f"), {3 * sum(flops.values()) / 1e6:.1f} MFLOP a frame; {layout} {self.grid.dp_size}"
+            + (" with sequence parallelism" if parallel.sequence_parallel else "")
+        )
+
+    def _log_sample(self) -> None:
+        log_spoken_sample(
+            self.journal,
+            step=self.step,
+            chunk=self.wrapped.chunk,
+            batches=self.valid,
+            codec=self.codec,
+            config=self.config,
+            grid=self.grid,
+        )

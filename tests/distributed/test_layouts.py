@@ -1,0 +1,116 @@
+"""Every layout trains the same model: losses and gradient norms of 20 steps from one seed checkpoint.
+
+Run as a user runs it, by torchrun, on CPU ranks over gloo; FP32, relative difference at most 1e-5.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from synthetic import write_synthetic_shards
+
+from megaspeech.config import read_config
+
+TOLERANCE = 1e-5
+STEPS = 20
+LAYOUTS = {
+    "tp2": (2, ["parallel.tensor_model_parallel_size=2"]),
+    "pp2": (2, ["parallel.pipeline_model_parallel_size=2"]),
+    "tp2-pp2-sp": (
+        4,
+        [
+            "parallel.tensor_model_parallel_size=2",
+            "parallel.pipeline_model_parallel_size=2",
+            "parallel.sequence_parallel=true",
+        ],
+    ),
+    "dp2": (2, []),
+    "dp2-plain-optimizer": (2, ["parallel.use_distributed_optimizer=false"]),
+}
+CONFIG = f"""
+[model]
+preset = "tiny"
+[data]
+mixture = {{ asr-en = 1.0, tts-en = 2.0 }}
+num_frames = 16
+[loss]
+silence_fraction = 0.5
+[optimizer]
+lr = 3e-3
+lr_warmup_steps = 5
+[training]
+train_steps = {STEPS}
+micro_batch_size = 2
+global_batch_size = 8
+eval_interval = 0
+[checkpoint]
+save_interval = 0
+[logging]
+tensorboard = false
+"""
+
+
+def train(config: Path, *overrides: str, ranks: int = 1) -> subprocess.CompletedProcess:
+    """`torchrun -m megaspeech.train` on one thread a rank."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.run(
+        [*command, "-m", "megaspeech.train", str(config), *overrides],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def curve(run: Path) -> list[dict]:
+    """The training records of a run."""
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [record for record in records if record["kind"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(config, directory) of 20 steps on one rank, seed checkpoint saved."""
+    directory = tmp_path_factory.mktemp("layouts")
+    config = directory / "config.toml"
+    config.write_text(CONFIG)
+    resolved = read_config(config)
+    write_synthetic_shards(directory / "shards", streams=resolved.streams)
+    finished = train(
+        config,
+        f"data.directory={directory}/shards",
+        f"run.directory={directory}/single",
+        "checkpoint.save_seed=true",
+    )
+    assert finished.returncode == 0, finished.stderr
+    return config, directory
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_equals_one_rank(name: str, reference: tuple[Path, Path]) -> None:
+    config, directory = reference
+    ranks, overrides = LAYOUTS[name]
+    finished = train(
+        config,
+        f"data.directory={directory}/shards",
+        f"run.directory={directory}/{name}",
+        f"checkpoint.seed_checkpoint={directory}/single/checkpoints/step_00000000",
+        *overrides,
+        ranks=ranks,
+    )
+    assert finished.returncode == 0, finished.stderr
+    expected, actual = curve(directory / "single"), curve(directory / name)
+    assert len(expected) == len(actual) == STEPS
+    keys = ["loss", "text_loss", "audio_loss", "grad_norm", *(key for key in expected[0] if key.startswith("loss/"))]
+    assert len(keys) == 4 + 5  # text and four codebooks
+    for one, other in zip(expected, actual, strict=True):
+        for key in keys:
+            assert other[key] == pytest.approx(one[key], rel=TOLERANCE), f"step {one['step']}, {key}"
+        accuracies = [key for key in one if key.startswith("accuracy/")]
+        assert [other[key] for key in accuracies] == pytest.approx([one[key] for key in accuracies], abs=0.02)
+    assert expected[-1]["loss"] < expected[0]["loss"]

@@ -1,0 +1,49 @@
+"""Shards of learnable noise, for tests of everything behind the data: no audio, no codec, no tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from megaspeech.config.schema import StreamsSection
+from megaspeech.data.shards import FORMAT, ShardHeader, write_shard
+
+SILENCE = 7
+
+
+def write_synthetic_shards(
+    directory: Path, *, streams: StreamsSection, names: tuple[str, ...] = ("asr-en", "tts-en"), num_frames: int = 16
+) -> None:
+    """`train/` and `valid/` shards whose own codebooks follow from the heard ones, so that a loss can fall."""
+    for split, count in (("train", 40), ("valid", 6)):
+        for place, name in enumerate(names):
+            generator = np.random.default_rng([place, count])
+            samples = [_sample(generator, streams=streams, num_frames=num_frames) for _ in range(count)]
+            write_shard(directory / split / name, samples, header=_header(name, streams=streams))
+
+
+def _header(name: str, *, streams: StreamsSection) -> ShardHeader:
+    return ShardHeader(
+        format=FORMAT,
+        task=name,
+        codec="synthetic",
+        codec_fingerprint="none",
+        tokenizer_fingerprint="none",
+        frame_rate=12.5,
+        cardinalities=streams.cardinalities,
+        num_codebooks=streams.num_codebooks,
+        silence=(SILENCE,) * streams.num_codebooks,
+        task_delay=3,
+        speech_lead=1,
+    )
+
+
+def _sample(generator: np.random.Generator, *, streams: StreamsSection, num_frames: int) -> np.ndarray:
+    codes = generator.integers(0, streams.cardinality, (streams.num_streams, num_frames))
+    own = slice(1, 1 + streams.num_codebooks)
+    codes[own, 1:] = (codes[-1, :-1] + np.arange(streams.num_codebooks)[:, None]) % streams.cardinality
+    codes[own, num_frames // 2] = SILENCE
+    codes[0] = np.where(generator.random(num_frames) < 0.6, streams.text_pad_id, codes[0] % streams.text_cardinality)
+    codes[-1, -3:] = -1
+    return codes[:, : int(generator.integers(num_frames - 4, num_frames + 1))]
