@@ -8,7 +8,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megaspeech.config import Config
 
 
 def main(arguments: list[str]) -> int:
@@ -21,12 +26,11 @@ def main(arguments: list[str]) -> int:
 
     try:
         config = read_config(arguments[0], arguments[1:], world_size=int(os.environ.get("WORLD_SIZE", "1")))
-        _train(config)
-    except ValueError as error:
+    except ValueError as error:  # every rank reads the same file and finds the same faults
         if os.environ.get("RANK", "0") == "0":
             print(f"megaspeech.train: {error}", file=sys.stderr, flush=True)
-        return 1
-    return 0
+        return 2
+    return _train(config)
 
 
 def _silence_known_warnings() -> None:
@@ -40,15 +44,21 @@ def _silence_known_warnings() -> None:
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 
-def _train(config: object) -> None:
+def _train(config: Config) -> int:
     from megaspeech.parallel import groups
     from megaspeech.training.trainer import Trainer
 
-    grid = groups.initialise(config.parallel, seed=config.run.seed)
     try:
+        grid = groups.initialise(config.parallel, seed=config.run.seed)
         Trainer(config, grid=grid).run()
+    except Exception as error:
+        if groups.speaks_for_failure():
+            what = str(error) if isinstance(error, ValueError) else traceback.format_exc()
+            print(f"megaspeech.train: rank {os.environ.get('RANK', '0')}: {what}", file=sys.stderr, flush=True)
+        return 1
     finally:
         groups.shut_down()
+    return 0
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@
     python examples/quickstart/corpus.py OUT_DIR [key=value ...]        keys: see CorpusSettings in script.py
 
 writes OUT_DIR/wav/*.wav (16 kHz, 16 bit), train.jsonl, valid.jsonl, test.jsonl (NeMo JSONL, see
-megaspeech/data/manifest.py) and, as the proof that all is there, corpus.json. What to say is drawn in script.py and made
-here by a few processes, each with clips and an order of its own, so that a seed gives the same samples again.
+megaspeech/data/manifest.py) and, as the proof that all is there, corpus.json. What to say is drawn in script.py and
+made here by a few processes, each with clips and an order of its own, so that a seed gives the same samples again.
 """
 
 import dataclasses
 import difflib
+import functools
 import io
 import json
 import multiprocessing
@@ -40,11 +41,17 @@ def _pad(speech: Speech, *, lead: float, length: float) -> Speech:
     return Speech(np.pad(placed.samples, (0, max(0, missing))), placed.times)
 
 
+@functools.cache
+def _own_word(word: str) -> Speech:
+    """An English word alone in the model's voice."""
+    return speak([word], voice=OWN_VOICE["en"])
+
+
 def _answer(clip: Clip, *, heard: Speech) -> Speech:
-    """The English of a Japanese clip in the model's voice, on its clock, word by word `ANSWER_DELAY` after each is heard."""
+    """The English of a Japanese clip in the model's voice on its clock, each word `ANSWER_DELAY` after it is heard."""
     words, starts, free = [], [], 0.0
     for digit, (_, heard_end) in zip(clip.digits, heard.times, strict=True):
-        word = speak([ENGLISH[int(digit)]], voice=OWN_VOICE["en"])
+        word = _own_word(ENGLISH[int(digit)])
         start = np.ceil(round(max(heard_end + ANSWER_DELAY, free) / FRAME, 6)) * FRAME
         words.append(word)
         starts.append(start)
@@ -157,13 +164,13 @@ def _shares(clips: Sequence[Clip], num_shares: int) -> list[list[list[Clip]]]:
     for voice, group in sorted(by_voice.items(), key=lambda item: (item[0].engine, item[0].label), reverse=True):
         cheapest = costs.index(min(costs))
         shares[cheapest] += [group[i : i + 50] for i in range(0, len(group), 50)]
-        # In clips of espeak-ng: what a new body's words cost, and what each clip does.
-        costs[cheapest] += (60 if voice.engine == "open_jtalk" else 0) + len(group)
+        # In clips of espeak-ng: the words of one of Open JTalk's bodies cost as much as 200, however many clips they make.
+        costs[cheapest] += 200 + len(group) / 4 if voice.engine == "open_jtalk" else len(group)
     return shares
 
 
 def _made(clips: Sequence[Clip], folder: Path, *, processes: int) -> Iterator[dict[str, list[dict]]]:
-    """Make all clips. Each share has a process of its own and an order of its own, so that the samples are reproducible."""
+    """Make all clips. A share has a process and an order of its own, so that its samples are reproducible."""
     context = multiprocessing.get_context("spawn")
     pools = [ProcessPoolExecutor(1, mp_context=context) for _ in range(processes)]
     try:

@@ -1,7 +1,7 @@
 """An independent judge of spoken English digits: pocketsphinx with a grammar that knows digits and nothing else.
 
-It shares nothing with what is trained, so it can say whether a synthesised string is intelligible. The acoustic model is the
-one inside the `pocketsphinx` wheel; nothing is downloaded.
+It shares nothing with what is trained, so it can say whether a synthesised string is intelligible. The acoustic model
+is the one inside the `pocketsphinx` wheel; nothing is downloaded.
 """
 
 import functools

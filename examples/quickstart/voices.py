@@ -1,12 +1,12 @@
 """Voices that pip installs: spoken words with the true time of each word.
 
-Two synthesizers stand behind `speak`: espeak-ng (its library and data come in the `espeakng-loader` wheel, called through
-ctypes) and Open JTalk (`pyopenjtalk-plus`). Both work offline. espeak-ng keeps
-the phase of its oscillators from call to call: the same calls in the same order in a fresh process give the same samples, but
-one call made twice may differ by a few samples.
+Two synthesizers stand behind `speak`: espeak-ng (its library and data come in the `espeakng-loader` wheel, called
+through ctypes) and Open JTalk (`pyopenjtalk-plus`). Both work offline. espeak-ng speaks a whole string in one breath and
+reports the sample at which each word begins. Open JTalk reports no times, so its words are synthesised one by one, cut to
+where they sound, and joined.
 
-espeak-ng speaks a whole string in one breath and reports the sample at which each word begins. Open JTalk reports no times, so
-its words are synthesised one by one, cut to where they sound, and joined. Shapes: N samples of a waveform.
+espeak-ng keeps the phase of its oscillators from call to call: the same calls in the same order in a fresh process give
+the same samples, but one call made twice may differ by a few samples. Shapes: N samples of a waveform.
 """
 
 import ctypes
@@ -106,7 +106,7 @@ def join(parts: Sequence[Speech], *, gaps: Sequence[float]) -> Speech:
 
 
 def lay(parts: Sequence[Speech], *, starts: Sequence[float]) -> Speech:
-    """Place pieces of speech so that the first word of piece i sounds at `starts[i]` seconds; they add where they meet."""
+    """Place pieces of speech so that the first word of piece i sounds at `starts[i]` seconds; overlaps add."""
     offsets = [round((start - part.times[0][0]) * SAMPLE_RATE) for part, start in zip(parts, starts, strict=True)]
     first = min(0, *offsets)  # a margin may reach before the clock's zero; it is cut there
     total = max(offset + len(part.samples) for part, offset in zip(parts, offsets, strict=True))
@@ -185,7 +185,7 @@ class _Espeak:
         data = str(espeakng_loader.get_data_path())
         if len(data) > LONGEST_DATA_PATH:
             raise ValueError(
-                f"espeak-ng data at {data}: the path has {len(data)} characters and espeak-ng takes {LONGEST_DATA_PATH}; "
+                f"espeak-ng data at {data}: the path has {len(data)} characters, {LONGEST_DATA_PATH} are possible; "
                 "put the virtual environment into a shorter path"
             )
         self._library = ctypes.CDLL(str(espeakng_loader.get_library_path()))

@@ -1,4 +1,4 @@
-"""Codecs: waveform to codes and back, behind one protocol; ``spectral`` is fitted on the user's own audio in seconds."""
+"""Codecs: waveform to codes and back, behind one protocol; ``spectral`` is fitted on the user's audio in seconds."""
 
 from megaspeech.codecs.protocol import Codec, StreamingDecoder, StreamingEncoder
 from megaspeech.codecs.registry import load_codec

@@ -35,11 +35,11 @@ def _layout(sections: Mapping[str, Any], world_size: int | None) -> Iterator[str
         )
     if parallel.sequence_parallel and tp == 1:
         yield "parallel.sequence_parallel: true needs tensor_model_parallel_size of 2 or more; set it false"
-    frames = sections["data"].num_frames
-    if frames % tp:
+    multiple = sections["data"].length_multiple
+    if multiple % tp:
         yield (
-            f"data.num_frames: {frames} is not divisible by parallel.tensor_model_parallel_size = {tp}, "
-            f"over which frames are split; use {frames + -frames % tp}"
+            f"data.length_multiple: {multiple} is not divisible by parallel.tensor_model_parallel_size = {tp}, "
+            f"over which frames are split; use {multiple + -multiple % tp}"
         )
 
 

@@ -111,7 +111,9 @@ class DataSection(Section):
     """Weight of each shard, by name; weights need not sum to 1."""
     tokenizer: str = "tokenizer.model"
     num_frames: Positive = 64
-    """Length of a sample in training; shorter ones are padded with zero tokens."""
+    """Longest sample that is trained on. A microbatch is as long as its longest sample."""
+    length_multiple: Positive = 16
+    """Lengths of microbatches are rounded up to it: FP8 matrix products want 16, tensor parallelism its own size."""
     task_delay: Natural = 3
     """Frames from the end of a heard word to its text."""
     speech_lead: Natural = 1

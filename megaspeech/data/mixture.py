@@ -30,6 +30,11 @@ class Batch:
         """The batch on another device."""
         return Batch(self.codes_BST.to(device), self.weights_BPT.to(device))
 
+    @property
+    def num_frames(self) -> int:
+        """T."""
+        return self.codes_BST.shape[-1]
+
     def weight_sums(self) -> Tensor:
         """Sums of the text and of the audio weights `[2]` float64."""
         return torch.stack([self.weights_BPT[:, 0].double().sum(), self.weights_BPT[:, 1:].double().sum()])
@@ -90,14 +95,27 @@ class TrainBatches:
         )
 
     def __call__(self, step: int) -> list[Batch]:
-        """This rank's microbatches of step `step`, counted from 0."""
-        size, training = self.config.training.micro_batch_size, self.config.training
-        first = step * training.global_batch_size
-        starts = range(first + self.dp_rank * size, first + training.global_batch_size, self.dp_size * size)
-        return [
-            collate([self.samples[index] for index in range(start, start + size)], config=self.config, size=size)
-            for start in starts
+        """This rank's microbatches of step `step`, counted from 0, from short samples to long ones.
+
+        The global batch is sorted by length, so that a microbatch holds samples alike and little padding, and dealt out
+        to and fro, so that the ranks have like amounts.
+        """
+        training = self.config.training
+        size, first = training.micro_batch_size, step * training.global_batch_size
+        items = [self.samples[index] for index in range(first, first + training.global_batch_size)]
+        items.sort(key=lambda item: item["codes"].shape[1])
+        mine = [
+            items[start : start + size]
+            for place, start in enumerate(range(0, len(items), size))
+            if _dealt_to(place, self.dp_size) == self.dp_rank
         ]
+        return collate_step(mine, config=self.config)
+
+
+def _dealt_to(place: int, ranks: int) -> int:
+    """0 1 2 2 1 0 0 1 2 ...: dealing to and fro."""
+    turn, rank = divmod(place, ranks)
+    return ranks - 1 - rank if turn % 2 else rank
 
 
 def valid_batches(config: Config, *, dp_rank: int, dp_size: int) -> Mapping[str, list[Batch]]:
@@ -110,23 +128,35 @@ def valid_batches(config: Config, *, dp_rank: int, dp_size: int) -> Mapping[str,
         count = len(samples.shard)
         # Every rank runs the same number of microbatches, the last ones perhaps empty.
         rounds = -(-count // (size * dp_size))
-        batches[name] = []
-        for start in range(dp_rank * size, rounds * dp_size * size, dp_size * size):
-            items = [
+        starts = range(dp_rank * size, rounds * dp_size * size, dp_size * size)
+        groups = [
+            [
                 samples.sample(index, generator=np.random.default_rng(0))
                 for index in range(start, min(start + size, count))
             ]
-            batches[name].append(collate(items, config=config, size=size))
+            for start in starts
+        ]
+        batches[name] = collate_step(groups, config=config)
     return batches
 
 
-def collate(items: list[dict[str, np.ndarray]], *, config: Config, size: int) -> Batch:
-    """Samples side by side, cut or padded with zero tokens to `data.num_frames` frames and `size` samples."""
-    num_frames, streams = config.data.num_frames, config.streams
+def collate_step(groups: list[list[dict[str, np.ndarray]]], *, config: Config) -> list[Batch]:
+    """A data parallel rank's microbatches of one step. Pipeline stages exchange tensors of one shape: with a pipeline
+    all of them get the length of the longest."""
+    lengths = [max((item["codes"].shape[1] for item in group), default=1) for group in groups]
+    if config.parallel.pipeline_model_parallel_size > 1:
+        lengths = [max(lengths)] * len(groups)
+    return [collate(group, length=length, config=config) for group, length in zip(groups, lengths, strict=True)]
+
+
+def collate(items: list[dict[str, np.ndarray]], *, length: int, config: Config) -> Batch:
+    """Samples side by side, filled up with zero tokens to `micro_batch_size` samples and the multiple of
+    `data.length_multiple` from `length` on."""
+    size, streams = config.training.micro_batch_size, config.streams
+    num_frames = length + -length % config.data.length_multiple
     codes = np.full((size, streams.num_streams, num_frames), ZERO_TOKEN, dtype=np.int64)
     weights = np.zeros((size, 1 + streams.num_codebooks, num_frames), dtype=np.float32)
     for row, item in enumerate(items):
-        kept = min(num_frames, item["codes"].shape[1])
-        codes[row, :, :kept] = item["codes"][:, :kept]
-        weights[row, :, :kept] = item["weights"][:, :kept]
+        codes[row, :, : item["codes"].shape[1]] = item["codes"]
+        weights[row, :, : item["codes"].shape[1]] = item["weights"]
     return Batch(torch.from_numpy(codes), torch.from_numpy(weights))

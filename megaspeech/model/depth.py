@@ -60,11 +60,11 @@ class DepthLayer(torch.nn.Module):
         shape, codebooks = config.depth, config.streams.num_codebooks
         self.kernel = kernels.depth_attention.depth_attention
         self.heads, self.groups = shape.num_attention_heads, shape.num_query_groups
-        head_width = shape.hidden_size // self.heads
+        self.head_width = shape.hidden_size // self.heads
         eps = config.model.layernorm_epsilon
         self.attention_norm = DepthNorm(shape.hidden_size, eps=eps, dtype=dtype)
         self.qkv = CodebookLinear(
-            codebooks, shape.hidden_size, (self.heads + 2 * self.groups) * head_width, dtype=dtype
+            codebooks, shape.hidden_size, (self.heads + 2 * self.groups) * self.head_width, dtype=dtype
         )
         self.proj = CodebookLinear(codebooks, shape.hidden_size, shape.hidden_size, dtype=dtype)
         self.mlp_norm = DepthNorm(shape.hidden_size, eps=eps, dtype=dtype)
@@ -73,7 +73,7 @@ class DepthLayer(torch.nn.Module):
 
     def forward(self, x_QND: Tensor) -> Tensor:
         """`[Q, N, D]` -> `[Q, N, D]`."""
-        qkv = self.qkv(self.attention_norm(x_QND)).unflatten(-1, (self.heads + 2 * self.groups, -1))
+        qkv = self.qkv(self.attention_norm(x_QND)).unflatten(-1, (self.heads + 2 * self.groups, self.head_width))
         query, key, value = qkv.split([self.heads, self.groups, self.groups], dim=2)
         x_QND = x_QND + self.proj(self.kernel(query, key, value))
         gate, up = self.fc1(self.mlp_norm(x_QND)).chunk(2, dim=-1)

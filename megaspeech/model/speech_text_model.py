@@ -121,6 +121,7 @@ class SpeechTextModel(MegatronModule):
         weights_QTB = _frames_first(weights_BPT)[1:, first : first + frames]
         # Frames without weight (silence left out, padding, nothing to say) never enter the depth transformer.
         kept_TB = (weights_QTB > 0).any(0)
+        kept_TB[0, 0] |= ~kept_TB.any()  # at least one, be it of weight 0: attention kernels refuse an empty batch
         tokens_PN, weights_QN = tokens_PTB[:, kept_TB], weights_QTB[:, kept_TB]
         targets_QN = tokens_PN[1:].masked_fill(weights_QN == 0, -1)
         loss_QN, correct_QN = self.depth(hidden_TBH[kept_TB], tokens_PN[:-1], targets_QN)

@@ -43,7 +43,7 @@ def log_spoken_sample(
                 forward_logits,
                 chunk=chunk,
                 microbatches=[batch],
-                num_frames=config.data.num_frames,
+                num_frames=batch.num_frames,
                 micro_batch_size=config.training.micro_batch_size,
                 forward_only=True,
             )

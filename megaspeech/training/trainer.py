@@ -119,7 +119,7 @@ class Trainer:
             ),
             chunk=self.wrapped.chunk,
             microbatches=[batch.to(self.device) for batch in batches],
-            num_frames=self.config.data.num_frames,
+            num_frames=batches[0].num_frames,
             micro_batch_size=self.config.training.micro_batch_size,
             forward_only=forward_only,
         )

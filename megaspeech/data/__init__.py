@@ -1,0 +1,1 @@
+"""Data: manifests, decoding, text alignment, tasks, shards, mixing, loading."""

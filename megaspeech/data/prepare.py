@@ -1,0 +1,168 @@
+"""From a manifest to shards: decode, encode, lay the samples out, one shard a task.
+
+Nothing is lost silently: a recording that cannot be read, or a sample longer than a training sample, is written to
+`rejected.jsonl` with its reason, and the rest goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megaspeech.codecs.protocol import Codec
+from megaspeech.config import Config
+from megaspeech.data.decode import Rejection, decode_files
+from megaspeech.data.manifest import Utterance
+from megaspeech.data.shards import FORMAT, ShardHeader, write_shard
+from megaspeech.data.tasks import Task, Timing, lay_out, text_stream
+from megaspeech.data.tokenizer import Tokenizer
+
+ENCODE_BATCH = 64
+
+
+def prepare_shards(
+    utterances: Sequence[Utterance],
+    directory: str | Path,
+    *,
+    config: Config,
+    codec: Codec,
+    tokenizer: Tokenizer,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> dict[str, ShardHeader]:
+    """Write one shard a task into `directory`, which appears when all of it is written.
+
+    Args:
+        utterances: a manifest's lines.
+        directory: replaced if it exists.
+        config: names streams, delays and the longest sample.
+        codec, tokenizer: what the codes and the text are made with.
+        progress: wraps the iteration over recordings, for a progress bar.
+
+    Returns:
+        Headers by shard name. Raises ValueError where no sample is left.
+    """
+    directory = Path(directory)
+    aside = directory.with_name(directory.name + ".part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    codes, rejected = encode_recordings(_recordings(utterances), codec=codec, progress=progress)
+    samples: dict[str, list[np.ndarray]] = defaultdict(list)
+    for utterance in utterances:
+        lost = [str(path) for path in utterance.recordings if path in rejected]
+        if lost:
+            continue
+        sample = compose(utterance, codes, config=config, codec=codec, tokenizer=tokenizer)
+        if sample.shape[1] > config.data.num_frames:
+            reason = (
+                f"{sample.shape[1]} frames with prompt and delays, more than data.num_frames = {config.data.num_frames}"
+            )
+            rejected[utterance.audio] = reason
+            continue
+        samples[utterance.task.key].append(sample)
+    if not samples:
+        raise ValueError(f"{directory}: no sample is left; the reasons: {sorted(set(rejected.values()))[:3]}")
+    header = _header(config, codec=codec, tokenizer=tokenizer)
+    headers = {key: write_shard(aside / key, rows, header=header(key)) for key, rows in samples.items()}
+    with (aside / "rejected.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"path": str(path), "reason": reason}) + "\n" for path, reason in rejected.items())
+    shutil.rmtree(directory, ignore_errors=True)
+    os.replace(aside, directory)
+    return headers
+
+
+def encode_recordings(
+    paths: Sequence[Path], *, codec: Codec, progress: Callable[[Iterable], Iterable] = iter
+) -> tuple[dict[Path, np.ndarray], dict[Path, str]]:
+    """(codes `[Q, T]` int64, reasons of rejection) by path."""
+    codes: dict[Path, np.ndarray] = {}
+    rejected: dict[Path, str] = {}
+    for batch in _batched(progress(decode_files(paths, sample_rate=codec.sample_rate)), ENCODE_BATCH):
+        good = [(paths[index], samples) for index, samples in batch if not isinstance(samples, Rejection)]
+        rejected.update({paths[index]: item.reason for index, item in batch if isinstance(item, Rejection)})
+        if good:
+            codes.update(_encode(good, codec=codec))
+    return codes, rejected
+
+
+def compose(
+    utterance: Utterance, codes: Mapping[Path, np.ndarray], *, config: Config, codec: Codec, tokenizer: Tokenizer
+) -> np.ndarray:
+    """The sample `[S, T]` of one manifest line, from the codes `[Q, T]` of its recordings."""
+    task, timing = utterance.task, timing_of(config)
+    words = [
+        (
+            timing.text_frame(task, start=word.start, end=word.end, frame_rate=codec.frame_rate),
+            tokenizer.encode_word(word.word),
+        )
+        for word in utterance.words
+    ]
+    # One frame of PAD after the last word, so that a model learns to fall silent.
+    length = words[-1][0] + len(words[-1][1]) + 1
+    text = text_stream(words, prompt=tokenizer.encode_prompt(task), num_frames=length, streams=config.streams)
+    return lay_out(
+        task,
+        text=text,
+        heard=codes[utterance.audio] if task.hears else None,
+        spoken=codes[utterance.spoken] if task.speaks else None,
+        silence=codec.silence_codes.numpy(),
+        timing=timing,
+        streams=config.streams,
+    )
+
+
+def timing_of(config: Config) -> Timing:
+    """The delays of `[data]`."""
+    return Timing(task_delay=config.data.task_delay, speech_lead=config.data.speech_lead)
+
+
+def _recordings(utterances: Iterable[Utterance]) -> list[Path]:
+    """Every recording once, in order: many samples share one."""
+    return list(dict.fromkeys(path for utterance in utterances for path in utterance.recordings))
+
+
+def _header(config: Config, *, codec: Codec, tokenizer: Tokenizer) -> Callable[[str], ShardHeader]:
+    def header(task: str) -> ShardHeader:
+        return ShardHeader(
+            format=FORMAT,
+            task=task,
+            codec=codec.name,
+            codec_fingerprint=codec.fingerprint,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            frame_rate=codec.frame_rate,
+            cardinalities=config.streams.cardinalities,
+            num_codebooks=config.streams.num_codebooks,
+            silence=tuple(codec.silence_codes.tolist()),
+            task_delay=config.data.task_delay,
+            speech_lead=config.data.speech_lead,
+        )
+
+    return header
+
+
+def _encode(items: Sequence[tuple[Path, np.ndarray]], *, codec: Codec) -> Iterator[tuple[Path, np.ndarray]]:
+    """Codes of recordings padded to one length; a codec is causal, so the padding changes nothing before it."""
+    longest = max(len(samples) for _, samples in items)
+    waveforms = torch.zeros(len(items), longest)
+    for row, (_, samples) in enumerate(items):
+        waveforms[row, : len(samples)] = torch.from_numpy(samples)
+    codes_BQT = codec.encode(waveforms)
+    for row, (path, samples) in enumerate(items):
+        yield path, codes_BQT[row, :, : -(-len(samples) // codec.frame_size)].numpy()
+
+
+def _batched(items: Iterable, size: int) -> Iterator[list]:
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
