@@ -28,6 +28,7 @@ from tqdm import tqdm
 from voices import SAMPLE_RATE, Speech, Voice, lay, speak
 
 RECIPE = 1  # raised when the same settings make another corpus, so that an old one is made anew
+GROUP = 20  # clips a process makes between two steps of the progress bar
 OWN_PEAK = {"en": 0.9, "ja": 0.5}  # fixed gains, which bring both to like loudness
 ANSWER_DELAY = 0.40  # s from the end of a word heard to its translation
 ANSWER_GAP = 0.06  # s at least between two words of an answer
@@ -143,9 +144,7 @@ def _make_clip(clip: Clip, folder: Path) -> list[dict]:
 
 
 def _write(path: Path, samples: np.ndarray) -> None:
-    wav = (
-        io.BytesIO()
-    )  # written at once: soundfile would wait for the disk after every file, which takes most of the time
+    wav = io.BytesIO()  # because soundfile waits for the disk after every file it writes: that took most of the time
     soundfile.write(wav, np.clip(samples, -1, 1), SAMPLE_RATE, format="WAV", subtype="PCM_16")
     path.write_bytes(wav.getvalue())
 
@@ -163,8 +162,8 @@ def _shares(clips: Sequence[Clip], num_shares: int) -> list[list[list[Clip]]]:
     costs = [0.0] * num_shares
     for voice, group in sorted(by_voice.items(), key=lambda item: (item[0].engine, item[0].label), reverse=True):
         cheapest = costs.index(min(costs))
-        shares[cheapest] += [group[i : i + 50] for i in range(0, len(group), 50)]
-        # In clips of espeak-ng: the words of one of Open JTalk's bodies cost as much as 200, however many clips they make.
+        shares[cheapest] += [group[i : i + GROUP] for i in range(0, len(group), GROUP)]
+        # In clips of espeak-ng: the words of one of Open JTalk's bodies cost as much as 200, and joining them little.
         costs[cheapest] += 200 + len(group) / 4 if voice.engine == "open_jtalk" else len(group)
     return shares
 
@@ -227,8 +226,8 @@ def make_corpus(out_dir: str | os.PathLike, *, settings: CorpusSettings | None =
     return folder
 
 
-def _settings_from(arguments: Sequence[str]) -> CorpusSettings:
-    """`key=value` words as settings."""
+def settings_from(arguments: Sequence[str]) -> CorpusSettings:
+    """`key=value` words as settings; `ValueError` for an unknown key or a wrong value."""
     types = {field.name: field.type for field in dataclasses.fields(CorpusSettings)}
     values = {}
     for argument in arguments:
@@ -239,7 +238,7 @@ def _settings_from(arguments: Sequence[str]) -> CorpusSettings:
         try:
             values[key] = types[key](value)
         except ValueError:
-            raise ValueError(f"{argument}: {value!r} is not a {types[key].__name__}") from None
+            raise ValueError(f"{argument}: {value!r} is not a {'whole ' if types[key] is int else ''}number") from None
     return CorpusSettings(**values)
 
 
@@ -248,7 +247,7 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     try:
-        print(make_corpus(sys.argv[1], settings=_settings_from(sys.argv[2:])))
+        print(make_corpus(sys.argv[1], settings=settings_from(sys.argv[2:])))
     except ValueError as error:
         sys.exit(f"error: {error}")
 

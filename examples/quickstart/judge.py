@@ -18,6 +18,8 @@ JUDGE_RATE = 16000  # Hz, what the acoustic model was trained on
 PEAK = 0.3  # every clip is brought to this peak: recognition fell at full scale
 DITHER = 1e-3  # standard deviation; exact digital silence breaks the cepstra
 MARGIN_SECONDS = 0.3  # quiet put around the clip, so that the first and last word have a context
+LONGEST_PAUSE = 0.2  # seconds
+PAUSE_DB = -45.0  # below the loudest 10 ms is silence
 
 # Wide beams, because strings are short and cheap; a low word insertion penalty, because digits follow closely.
 SEARCH = {"bestpath": False, "beam": 1e-80, "wbeam": 1e-60, "pbeam": 1e-80, "wip": 0.01}
@@ -68,10 +70,24 @@ def _prepare(samples: np.ndarray, sample_rate: int) -> np.ndarray:
     wave = np.asarray(samples, dtype=np.float32).reshape(-1)
     if sample_rate != JUDGE_RATE:
         wave = soxr.resample(wave, sample_rate, JUDGE_RATE)
+    wave = _without_long_pauses(wave)
     peak = float(np.abs(wave).max(initial=0.0))
     wave = np.pad(wave * (PEAK / max(peak, 1e-6)), int(MARGIN_SECONDS * JUDGE_RATE))
     dither = np.random.default_rng(0).normal(0.0, DITHER, len(wave))
     return (np.clip(wave + dither, -1, 1) * 32767).astype("<i2")
+
+
+def _without_long_pauses(wave: np.ndarray) -> np.ndarray:
+    """Shorten silences to `LONGEST_PAUSE`: its grammar has no word for silence, so it hears digits in long ones."""
+    hop = JUDGE_RATE // 100
+    num_frames = len(wave) // hop
+    power = np.square(wave[: num_frames * hop].reshape(num_frames, hop), dtype=np.float64).mean(1)
+    silent = power <= power.max(initial=0.0) * 10 ** (PAUSE_DB / 10)
+    kept, run = np.ones(len(wave), dtype=bool), 0
+    for frame, quiet in enumerate(silent):
+        run = run + 1 if quiet else 0
+        kept[frame * hop : (frame + 1) * hop] = run * hop <= LONGEST_PAUSE * JUDGE_RATE
+    return wave[kept]
 
 
 def word_errors(reference: Sequence[str], hypothesis: Sequence[str]) -> int:

@@ -1,19 +1,23 @@
 """Voices that pip installs: spoken words with the true time of each word.
 
-Two synthesizers stand behind `speak`: espeak-ng (its library and data come in the `espeakng-loader` wheel, called
-through ctypes) and Open JTalk (`pyopenjtalk-plus`). Both work offline. espeak-ng speaks a whole string in one breath and
-reports the sample at which each word begins. Open JTalk reports no times, so its words are synthesised one by one, cut to
+Two synthesizers stand behind `speak`: espeak-ng (its library and data come in the `espeakng-loader` wheel, called by
+ctypes) and Open JTalk (`pyopenjtalk-plus`). Both work offline. espeak-ng speaks a string in one breath and reports
+the sample at which each word begins. Open JTalk reports no times, so its words are synthesised one by one, cut to
 where they sound, and joined.
 
 espeak-ng keeps the phase of its oscillators from call to call: the same calls in the same order in a fresh process give
 the same samples, but one call made twice may differ by a few samples. Shapes: N samples of a waveform.
 """
 
+import contextlib
 import ctypes
 import functools
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 
 import espeakng_loader
 import numpy as np
@@ -192,6 +196,8 @@ class _Espeak:
         self._rate = self._library.espeak_Initialize(_SYNCHRONOUS, 0, data.encode(), _DONT_EXIT)
         if self._rate <= 0:
             raise ValueError(f"espeak-ng data at {data}: could not be read; reinstall espeakng-loader")
+        self._library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # of breath; otherwise the clock seeds it
+        self._variants = Path(data) / "voices" / "!v"
         self._blocks: list[np.ndarray] = []
         self._starts: list[int] = []
         self._callback = _CALLBACK(self._receive)  # kept, or it is collected while the library still calls it
@@ -218,7 +224,11 @@ class _Espeak:
         if name == self._voice:
             return
         base, _, variant = name.partition("+")
-        found = self._library.espeak_SetVoiceByProperties(ctypes.byref(_VoiceStruct(None, base.encode()))) == 0
+        # espeak-ng says nothing about a variant it does not have, and speaks without it.
+        found = not variant or (self._variants / variant).is_file()
+        found = (
+            found and self._library.espeak_SetVoiceByProperties(ctypes.byref(_VoiceStruct(None, base.encode()))) == 0
+        )
         if found and variant:  # a variant is added to the voice's file name, not to its language code
             identifier = self._library.espeak_GetCurrentVoice().contents.identifier.decode()
             found = self._library.espeak_SetVoiceByName(f"{identifier}+{variant}".encode()) == 0
@@ -256,17 +266,20 @@ def _espeak() -> _Espeak:
 
 
 @functools.cache
-def _open_jtalk_labels(word: str) -> tuple[str, ...]:
-    import pyopenjtalk  # here, because importing it reads a dictionary
+def _open_jtalk() -> ModuleType:
+    with contextlib.redirect_stdout(io.StringIO()):  # it says that it lacks a model for kanji, which are not read here
+        import pyopenjtalk  # here, because importing it reads a dictionary
+    return pyopenjtalk
 
-    return tuple(pyopenjtalk.extract_fullcontext(word))
+
+@functools.cache
+def _open_jtalk_labels(word: str) -> tuple[str, ...]:
+    return tuple(_open_jtalk().extract_fullcontext(word))
 
 
 @functools.lru_cache(maxsize=4096)
 def _open_jtalk_word(word: str, *, tract: float, half_tone: float, pace: float) -> Speech:
     """One word alone, cut to its sound; a voice speaks few words at few paces, so they are kept."""
-    import pyopenjtalk
-
     own_pitch = half_tone - 12 * math.log2(tract)  # resampling will raise it back
-    samples, rate = pyopenjtalk.synthesize(list(_open_jtalk_labels(word)), pace / tract, own_pitch)
+    samples, rate = _open_jtalk().synthesize(list(_open_jtalk_labels(word)), pace / tract, own_pitch)
     return _cut(soxr.resample((samples / 32768).astype(np.float32), rate * tract, SAMPLE_RATE), [0])

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megaspeech.checkpoint.store import CONFIG, check_exists, load
+from megaspeech.config import Config, read_config
+from megaspeech.config.schema import ParallelSection
+from megaspeech.model.speech_text_model import SpeechTextModel
+from megaspeech.parallel import groups
 from megaspeech.parallel.wrap import Wrapped
 
 SHARDING = "fully_reshardable"
@@ -54,3 +61,20 @@ def load_run_state(wrapped: Wrapped, state: dict[str, Any]) -> int:
     wrapped.optimizer.load_state_dict(state["optimizer"])
     wrapped.scheduler.load_state_dict(state["scheduler"])
     return state["step"]
+
+
+def load_whole_model(path: str | Path) -> tuple[SpeechTextModel, Config]:
+    """The model of a checkpoint of any layout, whole, in this process, and its config.
+
+    Brings up a process group of one rank where there is none; `parallel.groups.shut_down` takes it down.
+    """
+    check_exists(path)
+    config = read_config(Path(path) / CONFIG)
+    single = ParallelSection(use_distributed_optimizer=config.parallel.use_distributed_optimizer)
+    config = config.model_copy(update={"parallel": single})
+    if not dist.is_initialized():
+        groups.initialise(single, seed=config.run.seed)
+    model = SpeechTextModel(config, pre_process=True, post_process=True)
+    meta = metadata(distributed_optimizer=single.use_distributed_optimizer)
+    model.load_state_dict(load(path, {"model": model.sharded_state_dict(metadata=meta)}, config=config)["model"])
+    return model, config

@@ -40,6 +40,11 @@ class CheckpointStore:
             )
         return path
 
+    def latest_step(self) -> int:
+        """The step of the newest whole checkpoint, 0 without one."""
+        path = self.latest()
+        return int(path.name.removeprefix("step_")) if path else 0
+
     def save(self, state: dict[str, Any], *, step: int) -> Path:
         """Write a sharded state dict; all ranks call this. Returns the checkpoint's folder."""
         path = self.directory / f"step_{step:08d}"
@@ -79,12 +84,16 @@ def load(path: str | Path, state: dict[str, Any], *, config: Config) -> dict[str
     return dist_checkpointing.load(state, str(path))
 
 
+def check_exists(path: str | Path) -> None:
+    """Raises ValueError where `path` is not the folder of a whole checkpoint."""
+    if not (Path(path) / CONFIG).is_file():
+        raise ValueError(f"there is no checkpoint at {path} ({CONFIG} is missing); name a folder step_...")
+
+
 def check_shape(path: str | Path, *, config: Config) -> None:
     """Raises ValueError where the checkpoint's model is not the config's, naming the key and both values."""
-    saved_path = Path(path) / CONFIG
-    if not saved_path.is_file():
-        raise ValueError(f"there is no checkpoint at {path} ({CONFIG} is missing)")
-    saved = read_config(saved_path)
+    check_exists(path)
+    saved = read_config(Path(path) / CONFIG)
     for section in SHAPE_SECTIONS:
         theirs, mine = getattr(saved, section).model_dump(), getattr(config, section).model_dump()
         for key in mine:

@@ -75,7 +75,7 @@ class Codec(Protocol):
         ...
 
     def codebook_vectors(self) -> Tensor | None:
-        """``[Q, cardinality, D]``: vectors whose sum over the codebooks is what the codes mean; None if there are none."""
+        """``[Q, cardinality, D]``: their sum over the codebooks is what the codes mean; None if there are none."""
         ...
 
     def save(self, directory: str | Path) -> None:

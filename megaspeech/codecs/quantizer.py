@@ -11,17 +11,14 @@ from torch import Tensor
 ROWS_AT_ONCE = 1024  # a block of distances then stays in the cache
 
 
-def fit_codebooks(
-    rows_RD: Tensor, *, num_codebooks: int, cardinality: int, beam: int, iterations: int, seed: int
-) -> Tensor:
-    """Codebooks ``[Q, K, D]`` (float64) by k-means on what the codebooks before left over.
+def fit_codebooks(rows_RD: Tensor, *, num_codebooks: int, cardinality: int, iterations: int, seed: int) -> Tensor:
+    """Codebooks ``[Q, K, D]`` (float64), each by k-means on what those before left over (faiss ``ResidualQuantizer``).
 
-    The candidates of a beam are kept while training, as Babenko and Lempitsky's additive quantisation suggests
-    (faiss ``ResidualQuantizer``).
+    Trained greedily on more rows instead of with a beam on fewer: the same time, and measured as good.
     """
     quantizer = faiss.ResidualQuantizer(rows_RD.shape[1], num_codebooks, cardinality.bit_length() - 1)
     quantizer.train_type = faiss.ResidualQuantizer.Train_default
-    quantizer.max_beam_size = beam
+    quantizer.max_beam_size = 1
     quantizer.cp.niter = iterations
     quantizer.cp.seed = seed
     quantizer.cp.min_points_per_centroid = 1  # only silences a warning
@@ -60,7 +57,7 @@ def _search(rows_RD: Tensor, *, codebooks_QKD: Tensor, beam: int) -> Tensor:
     return codes_RWQ[torch.arange(num_rows), nearest_R]
 
 
-def dequantize(codes_RQ: Tensor, *, codebooks_QKD: Tensor) -> Tensor:
-    """Sums of entries ``[R, D]``."""
-    books = torch.arange(len(codebooks_QKD))
-    return codebooks_QKD[books, codes_RQ].sum(1)
+def dequantize(codes: Tensor, *, codebooks_QKD: Tensor) -> Tensor:
+    """Codes ``[..., Q]`` to sums of entries ``[..., D]``."""
+    books_Q = torch.arange(len(codebooks_QKD))
+    return codebooks_QKD[books_Q, codes].sum(-2)

@@ -19,11 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megaspeech.codecs.quantizer import dequantize, fit_codebooks, quantize
-from megaspeech.codecs.spectrogram import Framing, StreamingPhases, griffin_lim, magnitudes, mel_weights
+from megaspeech.codecs.spectrogram import Framing, StreamingPhases, griffin_lim, invert_mel, magnitudes, mel_weights
 
 CODEC_FILE = "codec.json"
 TABLES_FILE = "codec.safetensors"
 ROWS_AT_ONCE = 512  # frames whose windows are transformed together
+RUN_FRAMES = 64  # frames in a row that are drawn together for fitting
+PRIOR_FRAMES = 500  # how many frames of evidence the readout of fit_tables needs to leave the plain inverse
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class SpectralConfig:
         window, hop: of the short-time transform, in samples.
         hops_per_frame: windows stacked to one frame; ``frame_size = hop * hops_per_frame``.
         num_mels: mel bands of a window.
-        mel_floor: magnitude (a full-scale sine is 1) below which differences count little; -80 dB is 1e-4.
+        mel_floor: magnitude (a full-scale sine is 1) below which differences count little; -66 dB is 5e-4.
         latent_dim: principal components kept.
         num_codebooks, cardinality: of the quantiser; ``cardinality`` a power of two.
         beam: candidates kept while assigning codes; 1 is greedy.
@@ -52,8 +54,8 @@ class SpectralConfig:
     hop: int = 320
     hops_per_frame: int = 4
     num_mels: int = 80
-    mel_floor: float = 1e-4
-    latent_dim: int = 64
+    mel_floor: float = 5e-4
+    latent_dim: int = 40
     num_codebooks: int = 8
     cardinality: int = 256
     beam: int = 4
@@ -61,8 +63,8 @@ class SpectralConfig:
     momentum: float = 0.99
     streaming_iterations: int = 8
     streaming_delay: int = 320
-    fit_frames: int = 40000
-    fit_iterations: int = 15
+    fit_frames: int = 25000
+    fit_iterations: int = 10
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -94,7 +96,7 @@ class SpectralCodec:
     name = "spectral"
 
     def __init__(self, config: SpectralConfig, *, tables: dict[str, Tensor]) -> None:
-        """From fitted tables (float32): ``mean`` and ``scale`` [X], ``basis`` [X, D], ``codebooks`` [Q, K, D]."""
+        """From the tables of ``fit_tables``."""
         self.config, self.framing = config, config.framing
         self.sample_rate, self.frame_size = config.sample_rate, self.framing.frame_size
         self.frame_rate = config.sample_rate / self.frame_size
@@ -114,21 +116,10 @@ class SpectralCodec:
             ValueError: the audio has fewer frames than a codebook has entries.
         """
         config = config or SpectralConfig()
-        contexts_RC = _draw(waveforms, config=config)
-        features_RX = torch.cat([_features(rows, config=config) for rows in contexts_RC.split(ROWS_AT_ONCE)])
-        mean, scale, basis = _principal(features_RX, latent_dim=config.latent_dim)
-        codebooks = fit_codebooks(
-            (features_RX - mean) / scale @ basis,
-            num_codebooks=config.num_codebooks,
-            cardinality=config.cardinality,
-            beam=config.beam,
-            iterations=config.fit_iterations,
-            seed=config.seed,
-        )
-        return cls(config, tables={"mean": mean, "scale": scale, "basis": basis, "codebooks": codebooks})
+        return cls(config, tables=fit_tables(waveforms, config=config))
 
     def encode(self, waveforms_BN: Tensor) -> Tensor:
-        """Waveforms ``[B, N]`` to codes ``[B, Q, T]`` int64, ``T = ceil(N / frame_size)``; a row's codes are its own."""
+        """Waveforms ``[B, N]`` to codes ``[B, Q, T]`` int64, ``T = ceil(N / frame_size)``."""
         contexts_BTC = self.framing.contexts(waveforms_BN)
         batch, frames, _ = contexts_BTC.shape
         rows = [self._encode_contexts(part) for part in contexts_BTC.flatten(0, 1).split(ROWS_AT_ONCE)]
@@ -141,21 +132,29 @@ class SpectralCodec:
         latents_RD = (features_RX - tables["mean"]) / tables["scale"] @ tables["basis"]
         return quantize(latents_RD, codebooks_QKD=tables["codebooks"], beam=self.config.beam)
 
-    def _decode_magnitudes(self, codes_RQ: Tensor) -> Tensor:
-        """Magnitude spectra ``[R, J, F]`` that the codes ask for."""
+    def _magnitudes(self, codes_BQT: Tensor, *, before_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """Spectra ``[B, T, J, F]`` that the codes ask for, given the latent before them; and the last latent."""
         tables, config = self._tables, self.config
-        latents_RD = dequantize(codes_RQ, codebooks_QKD=tables["codebooks"])
-        features_RX = latents_RD @ tables["basis"].T * tables["scale"] + tables["mean"]
-        mel_RJM = features_RX.view(-1, config.hops_per_frame, config.num_mels).exp() - config.mel_floor
-        return (mel_RJM.clamp(min=0) @ self._inverse_MF).clamp(min=0)
+        latents_BTD = dequantize(codes_BQT.transpose(1, 2), codebooks_QKD=tables["codebooks"])
+        earlier_BTD = torch.cat([before_BD[:, None], latents_BTD[:, :-1]], dim=1)
+        features_BTX = torch.cat([earlier_BTD, latents_BTD], dim=-1) @ tables["readout"] + tables["offset"]
+        mel_BTJM = features_BTX.unflatten(-1, (config.hops_per_frame, config.num_mels)).exp() - config.mel_floor
+        mel_BTJM = mel_BTJM.clamp(0, 1)  # a full-scale sine is 1: no choice of codes is louder than a waveform can be
+        spectra = invert_mel(mel_BTJM, mel_FM=self._mel_FM.float(), inverse_MF=self._inverse_MF)
+        return spectra, latents_BTD[:, -1]
+
+    def _silence(self, batch_size: int) -> Tensor:
+        """The latent ``[B, D]`` of the frame before the first."""
+        codes_BQ = self.silence_codes.expand(batch_size, -1)
+        return dequantize(codes_BQ, codebooks_QKD=self._tables["codebooks"])
 
     def decode(self, codes_BQT: Tensor) -> Tensor:
         """Codes ``[B, Q, T]`` to waveforms ``[B, T * frame_size]`` float32, in time with the encoded ones."""
-        batch, _, frames = codes_BQT.shape
-        spectra = self._decode_magnitudes(codes_BQT.transpose(1, 2).flatten(0, 1))
-        spectra = spectra.view(batch, frames * self.config.hops_per_frame, -1)
+        if codes_BQT.shape[-1] == 0:
+            return torch.zeros(len(codes_BQT), 0)
+        spectra, _ = self._magnitudes(codes_BQT, before_BD=self._silence(len(codes_BQT)))
         iterations, momentum = self.config.phase_iterations, self.config.momentum
-        return griffin_lim(spectra, framing=self.framing, iterations=iterations, momentum=momentum)
+        return griffin_lim(spectra.flatten(1, 2), framing=self.framing, iterations=iterations, momentum=momentum)
 
     def streaming_encoder(self, *, batch_size: int = 1) -> "SpectralStreamingEncoder":
         """An encoder whose codes equal ``encode`` frame by frame."""
@@ -239,43 +238,74 @@ class SpectralStreamingDecoder:
     def __init__(self, codec: SpectralCodec, *, batch_size: int) -> None:
         config = codec.config
         self._codec, self.delay = codec, config.streaming_delay
+        self._before_BD = codec._silence(batch_size)
         self._phases = StreamingPhases(
             framing=codec.framing, batch_size=batch_size, iterations=config.streaming_iterations, delay=self.delay
         )
 
     def step(self, codes_BQ: Tensor) -> Tensor:
         """Codes ``[B, Q]`` to the next samples ``[B, frame_size]``."""
-        return self._phases.step(self._codec._decode_magnitudes(codes_BQ))
+        spectra, self._before_BD = self._codec._magnitudes(codes_BQ[..., None], before_BD=self._before_BD)
+        return self._phases.step(spectra[:, 0])
 
 
 def _mel(config: SpectralConfig) -> Tensor:
     return mel_weights(num_mels=config.num_mels, window=config.window, sample_rate=config.sample_rate)
 
 
-def _features(contexts_RC: Tensor, *, config: SpectralConfig, mel_FM: Tensor | None = None) -> Tensor:
+def _features(contexts_RC: Tensor, *, config: SpectralConfig, mel_FM: Tensor) -> Tensor:
     """Stacked log-mel ``[R, X]`` (float64) of frames; double precision for the reason given in ``quantize``."""
-    mel_FM = _mel(config).T if mel_FM is None else mel_FM
     spectra_RJF = magnitudes(contexts_RC.double(), framing=config.framing)
     return (spectra_RJF @ mel_FM + config.mel_floor).log().flatten(1)
 
 
-def _draw(waveforms: Iterable[np.ndarray | Tensor], *, config: SpectralConfig) -> Tensor:
-    """``[R, C]``: up to ``fit_frames`` frames drawn from the waveforms, and some of silence, which must have its codes."""
-    rows = [config.framing.contexts(torch.as_tensor(wave)[None].float())[0] for wave in waveforms]
-    total = sum(len(part) for part in rows)
+def fit_tables(waveforms: Iterable[np.ndarray | Tensor], *, config: SpectralConfig) -> dict[str, Tensor]:
+    """What a codec is made of, float32.
+
+    Returns:
+        ``mean``, ``scale`` [X] and ``basis`` [X, D] take features to latents; ``codebooks`` [Q, K, D];
+        ``readout`` [2D, X] and ``offset`` [X] take the latents of the frame before and of this one to features.
+    """
+    mel_FM = _mel(config).T
+    runs = [_features(run, config=config, mel_FM=mel_FM) for run in _draw(waveforms, config=config)]
+    features_RX = torch.cat(runs)
+    mean, scale, basis = _principal(features_RX, latent_dim=config.latent_dim)
+    latents_RD = (features_RX - mean) / scale @ basis
+    codebooks = fit_codebooks(
+        latents_RD,
+        num_codebooks=config.num_codebooks,
+        cardinality=config.cardinality,
+        iterations=config.fit_iterations,
+        seed=config.seed,
+    )
+    codes_RQ = quantize(latents_RD, codebooks_QKD=codebooks, beam=config.beam)
+    heard_RD, lengths = dequantize(codes_RQ, codebooks_QKD=codebooks), [len(run) for run in runs]
+    inverse_DX = basis.T * scale
+    missing_RX = features_RX - heard_RD @ inverse_DX - mean
+    readout, offset = _readout(heard_RD.split(lengths), missing_RX.split(lengths))
+    readout[config.latent_dim :] += inverse_DX
+    tables = {"mean": mean, "scale": scale, "basis": basis, "codebooks": codebooks}
+    tables |= {"readout": readout, "offset": mean + offset}
+    return {key: value.float().contiguous() for key, value in tables.items()}
+
+
+def _draw(waveforms: Iterable[np.ndarray | Tensor], *, config: SpectralConfig) -> list[Tensor]:
+    """Runs of frames ``[R, C]``: about ``fit_frames`` of the audio, and some silence, which must have its codes."""
+    framing = config.framing
+    waves = (torch.as_tensor(wave).float()[None] for wave in waveforms)
+    runs = [run for wave in waves for run in framing.contexts(wave)[0].split(RUN_FRAMES)]
+    total = sum(len(run) for run in runs)
     if total < config.cardinality:
         raise ValueError(
             f"cardinality = {config.cardinality}: fitting needs at least as many frames and the audio has {total}; "
             f"give more audio or a smaller cardinality"
         )
-    generator = torch.Generator().manual_seed(config.seed)
-    chosen = torch.randperm(total, generator=generator)[: config.fit_frames].sort().values
-    firsts = np.cumsum([0] + [len(part) for part in rows])
-    drawn = [
-        part[chosen[(chosen >= first) & (chosen < first + len(part))] - first] for part, first in zip(rows, firsts)
-    ]
-    silence = torch.zeros(max(1, len(chosen) // 64), config.framing.context)
-    return torch.cat([*drawn, silence])
+    drawn, count = [], 0
+    for index in torch.randperm(len(runs), generator=torch.Generator().manual_seed(config.seed)).tolist():
+        if count < config.fit_frames:
+            drawn.append(runs[index])
+            count += len(runs[index])
+    return [*drawn, torch.zeros(2 + count // 64, framing.context)]
 
 
 def _principal(features_RX: Tensor, *, latent_dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -285,8 +315,22 @@ def _principal(features_RX: Tensor, *, latent_dim: int) -> tuple[Tensor, Tensor,
     standard = (features_RX - mean) / scale
     _, vectors = torch.linalg.eigh(standard.T @ standard / len(standard))
     basis = vectors.flip(1)[:, :latent_dim]
-    signs = basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
+    signs = basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()  # eigh leaves them open
     return mean, scale, basis * signs
+
+
+def _readout(latents: Iterable[Tensor], errors: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Ridge regression of what is missing ``[R, X]`` on the latents ``[R, D]`` of two frames: ``[2D, X]`` and ``[X]``.
+
+    It takes back a part of what quantising one frame alone loses, because neighbours share their spectra.
+    """
+    inputs = torch.cat([torch.cat([part[:-1], part[1:]], dim=1) for part in latents])
+    outputs = torch.cat([part[1:] for part in errors])
+    means = inputs.mean(0), outputs.mean(0)
+    centred = inputs - means[0]
+    ridge = PRIOR_FRAMES * centred.square().mean() * torch.eye(inputs.shape[1], dtype=inputs.dtype)
+    readout = torch.linalg.solve(centred.T @ centred + ridge, centred.T @ (outputs - means[1]))
+    return readout, means[1] - means[0] @ readout
 
 
 def _fingerprint(config: SpectralConfig, tables: dict[str, Tensor]) -> str:

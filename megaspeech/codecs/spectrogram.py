@@ -70,6 +70,19 @@ def magnitudes(contexts_RC: Tensor, *, framing: Framing) -> Tensor:
     return torch.fft.rfft(windows).abs() * (2 / taper.sum())
 
 
+def invert_mel(mel_M: Tensor, *, mel_FM: Tensor, inverse_MF: Tensor, iterations: int = 4) -> Tensor:
+    """Magnitudes ``[..., F]`` that are not negative and whose mel bands are about ``mel`` ``[..., M]``.
+
+    Starts from the clamped pseudo-inverse and goes on with the multiplicative updates of Lee and Seung (2001), which
+    keep the sign and lower the squared error.
+    """
+    spectra_F = (mel_M @ inverse_MF).clamp(min=0)
+    wanted_F = mel_M @ mel_FM.T
+    for _ in range(iterations):
+        spectra_F = spectra_F * wanted_F / (spectra_F @ mel_FM @ mel_FM.T).clamp(min=TINY)
+    return spectra_F
+
+
 def griffin_lim(magnitude_BKF: Tensor, *, framing: Framing, iterations: int, momentum: float) -> Tensor:
     """Waveforms ``[B, N]`` whose windows have about these magnitudes, ``N = K * hop``.
 
@@ -127,7 +140,7 @@ class StreamingPhases:
         return torch.nn.functional.pad(window, (left, self.framing.context - self.framing.window - left))
 
     def _estimate(self, new_BN: Tensor, *, windows: int) -> Tensor:
-        """The sound of this context ``[B, C]``, were the new windows' overlap-add ``new_BN``; the emitted part is fixed."""
+        """The sound of this context ``[B, C]`` for the new windows' overlap-add; what was emitted is fixed."""
         fresh = self.framing.context - self.framing.overlap
         total = torch.nn.functional.pad(self._sum_BN, (0, fresh)) + new_BN
         weight = torch.nn.functional.pad(self._old_weight_N, (0, fresh)) + self._new_weights_JN[:windows].sum(0)

@@ -58,7 +58,9 @@ def _decode(paths: list[Path], *, decoder: "_Decoder") -> Iterator[tuple[int, np
         waveforms = iter(decoder([one for one in encoded if isinstance(one, _Encoded)]))
         for offset, (path, one) in enumerate(zip(batch, encoded, strict=True)):
             result = (
-                Rejection(path, one) if isinstance(one, str) else _check(path, one, next(waveforms), decoder=decoder)
+                Rejection(path, one)
+                if isinstance(one, str)
+                else _check(path, one, next(waveforms), rate=decoder.sample_rate)
             )
             yield first + offset, result
 
@@ -106,8 +108,9 @@ def _truncation(content: bytes) -> str | None:
         if size not in _UNKNOWN_SIZES and declared > len(content) + 1:
             return f"{len(content)} bytes of the {declared} that its header declares"
     if content[:4] == b"OggS":
-        last = content.rfind(b"OggS")
-        if not content[last + 5] & _OGG_LAST_PAGE:
+        page = content[content.rfind(b"OggS") :]
+        header = 27 + (page[26] if len(page) > 26 else 0)  # RFC 3533: the header ends with a table of segment lengths
+        if len(page) < header + sum(page[27:header]) or not page[5] & _OGG_LAST_PAGE:
             return "the last page of the stream is lacking"
     return None
 

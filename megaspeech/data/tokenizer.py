@@ -18,9 +18,10 @@ NUM_SPECIAL = 4
 
 
 class Tokenizer:
-    """A sentencepiece model and what speech streams need of it."""
+    """A sentencepiece model and what speech streams need of it. `model` is the content of its `.model` file."""
 
     def __init__(self, model: bytes) -> None:
+        self.model = model
         self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self._first_text_id = NUM_SPECIAL + len(PROMPT_SYMBOLS)
         if self.processor.piece_to_id(list(PROMPT_SYMBOLS)) != list(range(NUM_SPECIAL, self._first_text_id)):
@@ -45,7 +46,7 @@ class Tokenizer:
     @property
     def fingerprint(self) -> str:
         """A short hash of the model, written into shards so that another tokenizer is refused."""
-        return hashlib.sha256(self.processor.serialized_model_proto()).hexdigest()[:16]
+        return hashlib.sha256(self.model).hexdigest()[:16]
 
     def encode_word(self, word: str) -> list[int]:
         """Piece ids of one word, its leading space mark included."""

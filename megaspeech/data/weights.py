@@ -44,7 +44,7 @@ def loss_weights(
     weights_PT[1] = loss.semantic * trained_T
     weights_PT[2:] = loss.acoustic * trained_T
 
-    weights_PT[:, :PROMPT_FRAMES] = 0
+    weights_PT[0, :PROMPT_FRAMES] = 0  # the prompt is given, but the model is silent of its own accord
     weights_PT[codes_ST[: 1 + streams.num_codebooks] == ZERO_TOKEN] = 0
     for stream, delay in enumerate(streams.delays[: 1 + streams.num_codebooks]):
         if delay:

@@ -162,7 +162,9 @@ def test_streaming_decoder_does_not_look_ahead_nor_mix_rows(fine_codec: Spectral
     changed[:, :, 12:] = 0
     past = slice(0, 12 * 1280)
     assert torch.equal(stream_decode(fine_codec, codes)[:, past], stream_decode(fine_codec, changed)[:, past])
-    torch.testing.assert_close(stream_decode(fine_codec, codes)[1:2], stream_decode(fine_codec, codes[1:2]))
+    neighbours = codes.clone()
+    neighbours[[0, 2, 3]] = 0
+    assert torch.equal(stream_decode(fine_codec, codes)[1], stream_decode(fine_codec, neighbours)[1])
 
 
 def test_sum_of_codebook_vectors_is_the_quantised_latent(fine_codec: SpectralCodec, voices: list[Tensor]) -> None:

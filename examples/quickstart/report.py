@@ -1,0 +1,181 @@
+"""What the user sees last: scores, latencies, a table, wav files and one picture."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import picture
+import soundfile
+import torch
+from judge import DigitJudge
+from preparation import tokenizer_of
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from megaspeech.codecs.registry import load_codec
+from megaspeech.config import Config
+from megaspeech.data.manifest import Utterance, read_manifest
+from megaspeech.data.prepare import encode_recordings
+from megaspeech.model.counting import count_parameters
+from megaspeech.streaming.evaluation import Evaluated, Evaluator
+from megaspeech.streaming.runtime import load_runtime
+from megaspeech.streaming.scoring import Score, result_entries, score, score_by_task
+
+AIMS = {
+    "asr_en_wer": 0.05,
+    "asr_ja_wer": 0.05,
+    "st_ja_en_wer": 0.10,
+    "st_en_ja_wer": 0.10,
+}
+LATENCY_UTTERANCES = 8
+FRAME_MS = 80
+
+
+def evaluate(directory: Path, config: Config, *, exported: Path) -> None:
+    """Stream the held-out set through the runtime; writes answers.json, wav files and picture.png."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    codec, tokenizer = load_codec(config.codec.path), tokenizer_of(config)
+    utterances = read_manifest(directory / "corpus" / "test.jsonl")
+    recordings = list(dict.fromkeys(path for utterance in utterances for path in utterance.recordings))
+    codes, _ = encode_recordings(recordings, codec=codec)
+    evaluator = Evaluator(load_runtime(exported), config=config, codec=codec, tokenizer=tokenizer)
+    results = evaluator.run(utterances, codes, progress=lambda batches: tqdm(batches, "batches of answers"))
+    scores = _written_scores(results)
+    scores.update(_spoken_scores(results, codes=codes, codec=codec))
+
+    torch.set_num_threads(1)  # as it would be served: one session, one core
+    some = _first_of_each_task(utterances, LATENCY_UTTERANCES)
+    latency = evaluator.latencies(some, codes, progress=lambda items: tqdm(items, "sessions timed one by one"))
+    _write_sound(results, directory / "spoken", sample_rate=codec.sample_rate)
+    picture.draw(directory, results, codes=codes, codec=codec, tokenizer=tokenizer, timing=evaluator.timing)
+    answers = {
+        "scores": result_entries(scores),
+        "latency_ms": {task.replace("-", "_"): value for task, value in latency.items()},
+        "examples": [_example(result) for result in _first_of_each_task(results, 2)],
+    }
+    _write_json(directory / "answers.json", answers)
+
+
+def write(directory: Path, config: Config, *, seconds: dict[str, float], layout: str) -> None:
+    """results.json, from what the stages left."""
+    answers = json.loads((directory / "answers.json").read_text())
+    records = map(json.loads, (Path(config.run.directory) / "metrics.jsonl").read_text().splitlines())
+    curve = [record for record in records if record["kind"] == "train"]
+    streams = [key.removeprefix("loss/") for key in curve[0] if key.startswith("loss/")]
+    results = {
+        **answers["scores"],
+        "latency_ms": answers["latency_ms"],
+        "train_seconds": round(sum(value for name, value in seconds.items() if name.startswith("training")), 1),
+        "total_seconds": round(sum(seconds.values()), 1),
+        "parameters": sum(count_parameters(config).values()),
+        "layout": layout,
+        "losses": {name: [curve[0].get(f"loss/{name}"), curve[-1].get(f"loss/{name}")] for name in streams},
+        "stage_seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "examples": answers["examples"],
+    }
+    _write_json(directory / "results.json", results)
+
+
+def show(results_file: Path) -> None:
+    """The table in the terminal."""
+    results, console = json.loads(results_file.read_text()), Console()
+    heard = Table(title="What the model heard and said (held-out strings, held-out voices)")
+    for column in ("task", "as it should be", "what the model wrote", "what it was heard to say"):
+        heard.add_column(column)
+    for example in results["examples"]:
+        heard.add_row(example["task"], example["reference"], example["written"], example.get("spoken", ""))
+    console.print(heard)
+
+    rates = Table(title="Word error rate")
+    for column in ("task", "measured", "aim"):
+        rates.add_column(column, justify="left" if column == "task" else "right")
+    for key in (key for key in results if key.endswith("_wer")):
+        rates.add_row(key, _percent(results[key]), _aim(key, results))
+    console.print(rates)
+
+    delays = Table(title="Response latency in ms, one session at a time (aim: 500 in all)")
+    for column in ("task", "median", "p99", "task delay", "acoustic delay", "compute"):
+        delays.add_column(column, justify="left" if column == "task" else "right")
+    for task, value in results["latency_ms"].items():
+        if value["median"] is not None:
+            parts = [f"{value['median_parts'][part]:.0f}" for part in ("task_delay", "acoustic_delay", "compute")]
+            delays.add_row(task, f"{value['median']:.0f}", f"{value['p99']:.0f}", *parts)
+    console.print(delays)
+    print(
+        f"{results['parameters']:,} parameters; trained {results['train_seconds'] / 60:.1f} min on {results['layout']}; "
+        f"{results['total_seconds'] / 60:.1f} min in all\n"
+        f"listen: {results_file.parent}/spoken/*.wav   look: {results_file.parent}/picture.png   "
+        f"all figures: {results_file}"
+    )
+
+
+def _written_scores(results: list[Evaluated]) -> dict[str, Score]:
+    """Of the text stream, for the tasks whose answer is text."""
+    written = [result for result in results if not result.utterance.task.speaks]
+    return score_by_task(
+        [result.utterance.task for result in written],
+        references=[result.reference for result in written],
+        hypotheses=[result.words for result in written],
+    )
+
+
+def _spoken_scores(results: list[Evaluated], *, codes: dict, codec) -> dict[str, Score]:
+    """Of English speech, by the judge; `codec-en` is the codec's own round trip of the strings that tts says."""
+    judge, scores = DigitJudge(), {}
+    for task in ("tts-en", "s2st-ja-en"):
+        spoken = [result for result in results if result.utterance.task.key == task]
+        heard = [judge(result.waveform_N, codec.sample_rate) for result in spoken]
+        scores[task] = score([result.reference for result in spoken], heard)
+        if task == "tts-en":
+            trips = [codec.decode(torch.from_numpy(codes[result.utterance.audio_path])[None])[0] for result in spoken]
+            heard = [judge(trip.numpy(), codec.sample_rate) for trip in trips]
+            scores["codec-en"] = score([result.reference for result in spoken], heard)
+    return scores
+
+
+def _example(result: Evaluated) -> dict[str, str]:
+    task = result.utterance.task
+    example = {"task": task.key, "reference": " ".join(result.reference), "written": " ".join(result.words)}
+    if task.speaks and task.target == "en":
+        example["spoken"] = " ".join(DigitJudge()(result.waveform_N, 16000))
+    return example
+
+
+def _first_of_each_task(items: list, count: int) -> list:
+    """The first `count` utterances, or results, of each task."""
+    groups = defaultdict(list)
+    for item in items:
+        utterance = item if isinstance(item, Utterance) else item.utterance
+        groups[utterance.task.key].append(item)
+    return [item for group in groups.values() for item in group[:count]]
+
+
+def _write_sound(results: list[Evaluated], directory: Path, *, sample_rate: int) -> None:
+    """The first few spoken answers of each task, named by what they should say."""
+    directory.mkdir(exist_ok=True)
+    for result in _first_of_each_task([one for one in results if one.waveform_N is not None], 5):
+        name = f"{result.utterance.task.key}-{'-'.join(result.reference)}.wav"
+        soundfile.write(directory / name, np.asarray(result.waveform_N), sample_rate)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}%"
+
+
+def _aim(key: str, results: dict) -> str:
+    if key in AIMS:
+        return f"at most {100 * AIMS[key]:.0f}%"
+    if key == "tts_en_wer":
+        return f"at most {100 * (results['codec_en_wer'] + 0.10):.1f}% (the codec's + 10 points)"
+    return "(bounds speech)" if key.startswith("codec") else "(reported)"
+
+
+def _write_json(path: Path, values: dict) -> None:
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
+    os.replace(aside, path)

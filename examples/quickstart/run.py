@@ -1,0 +1,132 @@
+"""The quickstart: speech -> codes -> training on every kind of parallelism -> the moshi runtime -> answers, scored.
+
+    python examples/quickstart/run.py [section.field=value ...]      overrides of config.toml
+
+Every stage leaves its result in runs/quickstart and is not done again: killed at any moment and started again, it goes
+on where it was. Trains first on 4 CPU ranks (tensor 2 x pipeline 2 with sequence parallelism), then loads that
+checkpoint on 2 data parallel ranks, which two cores run faster.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+HERE = Path(__file__).parent
+PIPELINED_STEPS = 60
+LAYOUTS = (
+    (
+        "tensor 2 x pipeline 2 with sequence parallelism",
+        4,
+        (
+            "parallel.tensor_model_parallel_size=2",
+            "parallel.pipeline_model_parallel_size=2",
+            "parallel.sequence_parallel=true",
+            f"training.exit_step={PIPELINED_STEPS}",
+        ),
+    ),
+    ("data 2", 2, ()),
+)
+"""(name, ranks, overrides), one after the other from one checkpoint to the next."""
+
+
+class Stages:
+    """Runs stages in order and keeps how long each took, over restarts too."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "stages.json"
+        self.seconds: dict[str, float] = json.loads(self.path.read_text()) if self.path.is_file() else {}
+
+    def run(self, name: str, work: Callable[[], None], *, done: bool = False) -> None:
+        """Do `work` unless its result is there already; announce it and write down its time."""
+        if done:
+            print(f"\n== {name}: already there ({self.seconds.get(name, 0.0):.0f} s)", flush=True)
+            return
+        print(f"\n== {name}", flush=True)
+        started, before = time.perf_counter(), self.seconds.get(name, 0.0)
+        try:
+            work()
+        finally:
+            self.seconds[name] = before + time.perf_counter() - started
+            aside = self.path.with_suffix(".part")
+            aside.write_text(json.dumps(self.seconds, indent=1))
+            os.replace(aside, self.path)
+        print(f"   {name}: {self.seconds[name]:.0f} s", flush=True)
+
+
+def main(overrides: list[str]) -> int:
+    """Run all stages; returns the exit status."""
+    warnings.filterwarnings("ignore")
+    from megaspeech.config import read_config
+
+    try:
+        config = read_config(HERE / "config.toml", overrides)
+        directory = Path(config.run.directory).parent
+        directory.mkdir(parents=True, exist_ok=True)
+        _run(config, directory, overrides)
+    except (ValueError, ImportError) as error:
+        print(f"quickstart: {error}", file=sys.stderr)
+        return 1
+    except subprocess.CalledProcessError as error:
+        print(
+            f"quickstart: {' '.join(map(str, error.cmd[:8]))} ... failed, see above; fix it and start again",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def _run(config, directory: Path, overrides: list[str]) -> None:
+    import preparation
+    import report
+
+    from megaspeech.checkpoint.store import CheckpointStore
+
+    stages, corpus = Stages(directory), directory / "corpus"
+    stages.run("corpus", lambda: preparation.corpus(corpus), done=(corpus / "corpus.json").is_file())
+    codec_file = Path(config.codec.path) / "codec.json"
+    stages.run("codec", lambda: preparation.codec(corpus, config), done=codec_file.is_file())
+    stages.run("shards", lambda: preparation.shards(corpus, config), done=preparation.shards_exist(config))
+    store = CheckpointStore(Path(config.run.directory) / "checkpoints", config=config)
+    steps = config.training.train_steps
+    for place, (name, ranks, layout) in enumerate(LAYOUTS):
+        goal = steps if place == len(LAYOUTS) - 1 else min(PIPELINED_STEPS, steps)
+        stages.run(
+            f"training on {name}",
+            lambda ranks=ranks, layout=layout: _train([*overrides, *layout], ranks=ranks),
+            done=store.latest_step() >= goal,
+        )
+    exported = directory / "moshi"
+    stages.run(
+        "export to moshi",
+        lambda: _command("tools/export_moshi.py", store.latest(), exported),
+        done=(exported / "config.json").is_file(),
+    )
+    results = directory / "results.json"
+    stages.run(
+        "streaming on the moshi runtime",
+        lambda: report.evaluate(directory, config, exported=exported),
+        done=(directory / "answers.json").is_file(),
+    )
+    report.write(directory, config, seconds=stages.seconds, layout=", then ".join(name for name, *_ in LAYOUTS))
+    report.show(results)
+
+
+def _train(overrides: list[str], *, ranks: int) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    _command(*launcher[1:], "-m", "megaspeech.train", HERE / "config.toml", *overrides)
+
+
+def _command(*arguments: object) -> None:
+    # One thread a rank: two ranks' threads on two cores would spin against each other.
+    subprocess.run([sys.executable, *map(str, arguments)], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
