@@ -30,8 +30,10 @@ from voices import SAMPLE_RATE, Speech, Voice, lay, speak
 RECIPE = 1  # raised when the same settings make another corpus, so that an old one is made anew
 GROUP = 20  # clips a process makes between two steps of the progress bar
 OWN_PEAK = {"en": 0.9, "ja": 0.5}  # fixed gains, which bring both to like loudness
-ANSWER_DELAY = 0.40  # s from the end of a word heard to its translation
-ANSWER_GAP = 0.06  # s at least between two words of an answer
+ANSWER_DELAY = (
+    0.24  # s from the end of a word heard to its translation: the three frames of the quickstart's task delay
+)
+ANSWER_GAP = 0.02  # s at least between two words of an answer
 FRAME = 0.08  # s; answers begin on a codec frame
 
 

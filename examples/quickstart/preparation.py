@@ -9,7 +9,7 @@ from corpus import CorpusSettings, make_corpus
 from tqdm import tqdm
 
 from megaspeech.codecs.registry import load_codec
-from megaspeech.codecs.spectral import SpectralCodec
+from megaspeech.codecs.spectral import SpectralCodec, SpectralConfig
 from megaspeech.config import Config
 from megaspeech.data.decode import Rejection, decode_files
 from megaspeech.data.manifest import read_manifest
@@ -30,7 +30,7 @@ def codec(corpus: Path, config: Config) -> None:
     utterances = read_manifest(corpus / "train.jsonl")
     recordings = list(dict.fromkeys(path for utterance in utterances for path in utterance.recordings))
     chosen = np.random.default_rng(config.run.seed).permutation(len(recordings))[:FIT_RECORDINGS]
-    decoded = decode_files([recordings[index] for index in chosen], sample_rate=SpectralCodec.sample_rate)
+    decoded = decode_files([recordings[index] for index in chosen], sample_rate=SpectralConfig().sample_rate)
     waveforms = [wave for _, wave in tqdm(decoded, "decoded by DALI", len(chosen)) if not isinstance(wave, Rejection)]
     fitted = SpectralCodec.fit(waveforms)
     seconds = sum(map(len, waveforms)) / fitted.sample_rate

@@ -107,7 +107,8 @@ def show(results_file: Path) -> None:
             delays.add_row(task, f"{value['median']:.0f}", f"{value['p99']:.0f}", *parts)
     console.print(delays)
     print(
-        f"{results['parameters']:,} parameters; trained {results['train_seconds'] / 60:.1f} min on {results['layout']}; "
+        f"{results['parameters']:,} parameters; "
+        f"trained {results['train_seconds'] / 60:.1f} min on {results['layout']}; "
         f"{results['total_seconds'] / 60:.1f} min in all\n"
         f"listen: {results_file.parent}/spoken/*.wav   look: {results_file.parent}/picture.png   "
         f"all figures: {results_file}"

@@ -143,7 +143,7 @@ def _draw_voice(rng: np.random.Generator, *, language: str, held_out: bool, spre
 def _draw_gaps(rng: np.random.Generator, count: int, *, kind: str, voice: Voice) -> tuple[float, ...]:
     """Silences between words, s. espeak-ng pauses now and then in running speech; single words always have a little."""
     if kind == "pair":
-        return tuple(rng.uniform(0.1, 0.4, count))
+        return tuple(rng.uniform(0.2, 0.45, count))
     if kind == "own":
         return tuple(rng.uniform(0.06, 0.10, count)) if voice.engine == "open_jtalk" else (0.0,) * count
     if voice.engine == "open_jtalk":

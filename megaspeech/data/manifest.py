@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TASKS = ("asr", "st", "tts", "s2st")
+from megaspeech.data.tasks import LANGUAGES, TASKS, Task
+
 _REMEDIES = {
     "audio_filepath": "the audio, absolute or relative to the manifest",
     "target_audio_filepath": "what the model shall say, on the clock of audio_filepath",
@@ -46,8 +47,7 @@ class Utterance:
     Attributes:
         audio_path: what is heard (`asr`, `st`, `s2st`) or to be said (`tts`).
         duration: of `audio_path`, seconds.
-        task: one of `TASKS`.
-        source_lang, target_lang: language codes.
+        task: what is asked, with its languages.
         text: in the target language.
         words: of the target language, in order.
         speaker: who is heard; empty if not known.
@@ -57,14 +57,22 @@ class Utterance:
 
     audio_path: Path
     duration: float
-    task: str
-    source_lang: str
-    target_lang: str
+    task: Task
     text: str
     words: tuple[Word, ...]
     speaker: str = ""
     target_audio_path: Path | None = None
     source_words: tuple[Word, ...] = ()
+
+    @property
+    def spoken_path(self) -> Path | None:
+        """What the model says, if the task speaks."""
+        return self.audio_path if self.task.name == "tts" else self.target_audio_path
+
+    @property
+    def recordings(self) -> tuple[Path, ...]:
+        """Every recording of the line."""
+        return (self.audio_path,) if self.target_audio_path is None else (self.audio_path, self.target_audio_path)
 
 
 class _Line:
@@ -105,12 +113,16 @@ class _Line:
             raise self.fault("duration", f"{value!r} is not a positive number")
         return float(value)
 
-    def task(self) -> str:
-        value = self.text("taskname")
-        if value not in TASKS:
-            near = difflib.get_close_matches(value, TASKS, n=1)
-            raise self.fault("taskname", f"{value!r} is unknown" + (f", perhaps {near[0]!r} is meant" if near else ""))
+    def choice(self, key: str, known: tuple[str, ...]) -> str:
+        value = self.text(key)
+        if value not in known:
+            near = difflib.get_close_matches(value, known, n=1)
+            raise self.fault(key, f"{value!r} is unknown" + (f", perhaps {near[0]!r} is meant" if near else ""))
         return value
+
+    def task(self) -> Task:
+        name = self.choice("taskname", TASKS)
+        return Task(name, self.choice("source_lang", LANGUAGES), self.choice("target_lang", LANGUAGES))
 
     def words(self, key: str) -> tuple[Word, ...]:
         entries = self._values.get(key)
@@ -157,12 +169,10 @@ def _utterance(line: _Line) -> Utterance:
         audio_path=line.path("audio_filepath"),
         duration=line.duration(),
         task=task,
-        source_lang=line.text("source_lang"),
-        target_lang=line.text("target_lang"),
         text=text,
         words=words,
         speaker=line.optional_text("speaker"),
-        target_audio_path=line.path("target_audio_filepath") if task == "s2st" else None,
+        target_audio_path=line.path("target_audio_filepath") if task.name == "s2st" else None,
         source_words=line.words("source_words") if "source_words" in line else (),
     )
 

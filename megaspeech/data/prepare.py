@@ -21,7 +21,7 @@ from megaspeech.config import Config
 from megaspeech.data.decode import Rejection, decode_files
 from megaspeech.data.manifest import Utterance
 from megaspeech.data.shards import FORMAT, ShardHeader, write_shard
-from megaspeech.data.tasks import Task, Timing, lay_out, text_stream
+from megaspeech.data.tasks import Timing, lay_out, text_stream
 from megaspeech.data.tokenizer import Tokenizer
 
 ENCODE_BATCH = 64
@@ -63,7 +63,7 @@ def prepare_shards(
             reason = (
                 f"{sample.shape[1]} frames with prompt and delays, more than data.num_frames = {config.data.num_frames}"
             )
-            rejected[utterance.audio] = reason
+            rejected[utterance.audio_path] = reason
             continue
         samples[utterance.task.key].append(sample)
     if not samples:
@@ -109,8 +109,8 @@ def compose(
     return lay_out(
         task,
         text=text,
-        heard=codes[utterance.audio] if task.hears else None,
-        spoken=codes[utterance.spoken] if task.speaks else None,
+        heard=codes[utterance.audio_path] if task.hears else None,
+        spoken=codes[utterance.spoken_path] if task.speaks else None,
         silence=codec.silence_codes.numpy(),
         timing=timing,
         streams=config.streams,

@@ -120,14 +120,14 @@ class Evaluator:
         return self.codec.decode(torch.from_numpy(codes_QT)[None])[0].clamp(-1, 1).numpy()
 
     def _decode_seconds(self, *, num_frames: int = 20) -> float:
-        """Median seconds that the codec's streaming decoder takes for a frame."""
+        """By how much a decoded frame trails its codes: the streaming decoder's median time and its own delay."""
         decoder, silence = self.codec.streaming_decoder(), self.codec.silence_codes[None]
         seconds = []
         for _ in range(num_frames):
             started = time.perf_counter()
             decoder.step(silence)
             seconds.append(time.perf_counter() - started)
-        return float(np.median(seconds))
+        return float(np.median(seconds)) + decoder.delay / self.codec.sample_rate
 
     def _latency(self, result: Evaluated, *, decode_seconds: float) -> Latency | None:
         task = result.utterance.task

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megaspeech.data.manifest import Utterance, Word, read_manifest
+from megaspeech.data.tasks import Task
 
 LINE = {
     "audio_filepath": "wav/x.wav",
@@ -41,9 +42,7 @@ def test_reads_every_field(tmp_path):
     assert first == Utterance(
         audio_path=tmp_path / "wav/x.wav",
         duration=2.31,
-        task="st",
-        source_lang="ja",
-        target_lang="en",
+        task=Task("st", source="ja", target="en"),
         text="three seven",
         words=(Word("three", 0.31, 0.66), Word("seven", 0.7, 1.1)),
         speaker="mei",

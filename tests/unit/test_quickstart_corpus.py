@@ -15,7 +15,7 @@ soundfile = pytest.importorskip("soundfile")
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "quickstart"))
 
-from corpus import ANSWER_DELAY, FRAME, make_corpus, settings_from  # noqa: E402
+from corpus import ANSWER_DELAY, ANSWER_GAP, FRAME, make_corpus, settings_from  # noqa: E402
 from judge import DIGIT_WORDS, DigitJudge, word_errors  # noqa: E402
 from script import ENGLISH, JAPANESE, KANA, OWN_VOICE, CorpusSettings, draw_clips  # noqa: E402
 from voices import SAMPLE_RATE, Voice, speak  # noqa: E402
@@ -162,7 +162,7 @@ def test_answers_follow_what_is_heard(corpus):
             earliest = max(heard["end"] + ANSWER_DELAY, free)
             assert earliest - 1e-3 <= said["start"] < earliest + FRAME + 1e-3
             assert said["start"] / FRAME == pytest.approx(round(said["start"] / FRAME), abs=0.01)
-            free = said["end"] + 0.06
+            free = said["end"] + ANSWER_GAP
 
 
 def test_translations_are_one_to_one(corpus):
