@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from script import ENGLISH, OWN_VOICE, SPOKEN, WRITTEN, Clip, CorpusSettings, draw_clips
+from script import OWN_VOICE, SPOKEN, WRITTEN, Clip, CorpusSettings, draw_clips
 from tqdm import tqdm
 from voices import SAMPLE_RATE, Speech, Voice, lay, speak
 
@@ -33,8 +33,8 @@ OWN_PEAK = {"en": 0.9, "ja": 0.5}  # fixed gains, which bring both to like loudn
 ANSWER_DELAY = (
     0.24  # s from the end of a word heard to its translation: the three frames of the quickstart's task delay
 )
-ANSWER_GAP = 0.02  # s at least between two words of an answer
-FRAME = 0.08  # s; answers begin on a codec frame
+WORD_GAP = 0.02  # s at least between two words of the model's
+FRAME = 0.08  # s; the model's words begin on a codec frame
 
 
 def _pad(speech: Speech, *, lead: float, length: float) -> Speech:
@@ -45,32 +45,39 @@ def _pad(speech: Speech, *, lead: float, length: float) -> Speech:
 
 
 @functools.cache
-def _own_word(word: str) -> Speech:
-    """An English word alone in the model's voice."""
-    return speak([word], voice=OWN_VOICE["en"])
+def _own_word(word: str, language: str) -> Speech:
+    """A word alone in the model's voice."""
+    return speak([word], voice=OWN_VOICE[language])
 
 
-def _answer(clip: Clip, *, heard: Speech) -> Speech:
-    """The English of a Japanese clip in the model's voice on its clock, each word `ANSWER_DELAY` after it is heard."""
+def _own_words(digits: str, *, language: str, earliest: Sequence[float]) -> Speech:
+    """Digits in the model's voice, word by word, word i not before `earliest[i]` seconds, each from the start of a
+    codec frame: so a word has one sequence of codes, whatever string it stands in, and is learned in minutes."""
     words, starts, free = [], [], 0.0
-    for digit, (_, heard_end) in zip(clip.digits, heard.times, strict=True):
-        word = _own_word(ENGLISH[int(digit)])
-        start = np.ceil(round(max(heard_end + ANSWER_DELAY, free) / FRAME, 6)) * FRAME
+    for digit, soonest in zip(digits, earliest, strict=True):
+        word = _own_word(SPOKEN[language][int(digit)], language)
+        start = np.ceil(round(max(soonest, free) / FRAME, 6)) * FRAME
         words.append(word)
         starts.append(start)
-        free = start + word.times[0][1] - word.times[0][0] + ANSWER_GAP
+        free = start + word.times[0][1] - word.times[0][0] + WORD_GAP
     return lay(words, starts=starts)
 
 
 def _say(clip: Clip) -> tuple[Speech, Speech | None]:
     """What is heard (or is the model's own) and, for a pair, the answer; faster and with shorter gaps until it fits."""
+    if clip.kind == "own":
+        speech = _own_words(clip.digits, language=clip.language, earliest=[0.0] * len(clip.digits))
+        return _pad(speech, lead=0.0, length=speech.times[-1][1] + clip.trail), None
     for hurry in (1.0, 1.15, 1.3, 1.5, 1.75):
         words = [SPOKEN[clip.language][int(digit)] for digit in clip.digits]
         speech = speak(
             words, voice=clip.voice, pace=clip.pace * hurry, pitch=clip.pitch, gaps=[gap / hurry for gap in clip.gaps]
         )
         speech = lay([speech], starts=[clip.lead])
-        answer = _answer(clip, heard=speech) if clip.kind == "pair" else None
+        answer = None
+        if clip.kind == "pair":
+            soonest = [end + ANSWER_DELAY for _, end in speech.times]
+            answer = _own_words(clip.digits, language="en", earliest=soonest)
         length = max((answer or speech).times[-1][1] + 0.15, speech.times[-1][1] + clip.trail)
         if length <= clip.longest:
             break

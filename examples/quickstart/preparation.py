@@ -60,9 +60,8 @@ def shards(corpus: Path, config: Config) -> None:
             progress=lambda recordings, split=split: tqdm(recordings, f"{split}: recordings encoded"),
         )
         hours = sum(header.num_frames for header in headers.values()) / fitted.frame_rate / 3600
-        print(
-            f"   {split}: {sum(h.num_samples for h in headers.values()):,} samples of {len(headers)} tasks, {hours:.1f} h"
-        )
+        samples = sum(header.num_samples for header in headers.values())
+        print(f"   {split}: {samples:,} samples of {len(headers)} tasks, {hours:.1f} h")
 
 
 def shards_exist(config: Config) -> bool:

@@ -26,8 +26,8 @@ class Tokenizer:
         self._first_text_id = NUM_SPECIAL + len(PROMPT_SYMBOLS)
         if self.processor.piece_to_id(list(PROMPT_SYMBOLS)) != list(range(NUM_SPECIAL, self._first_text_id)):
             raise ValueError(
-                f"the sentencepiece model lacks the prompt symbols {' '.join(PROMPT_SYMBOLS)} at ids from {NUM_SPECIAL}; "
-                f"train it with megaspeech.data.tokenizer.train_tokenizer"
+                f"the sentencepiece model lacks the prompt symbols {' '.join(PROMPT_SYMBOLS)} at ids from "
+                f"{NUM_SPECIAL} on; train it with megaspeech.data.tokenizer.train_tokenizer"
             )
 
     @classmethod

@@ -5,13 +5,10 @@ Run as a user runs it, by torchrun, on CPU ranks over gloo; FP32, relative diffe
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launching import curve, train
 from synthetic import write_synthetic_shards
 
 from megaspeech.config import read_config
@@ -53,24 +50,6 @@ save_interval = 0
 [logging]
 tensorboard = false
 """
-
-
-def train(config: Path, *overrides: str, ranks: int = 1) -> subprocess.CompletedProcess:
-    """`torchrun -m megaspeech.train` on one thread a rank."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return subprocess.run(
-        [*command, "-m", "megaspeech.train", str(config), *overrides],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-def curve(run: Path) -> list[dict]:
-    """The training records of a run."""
-    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [record for record in records if record["kind"] == "train"]
 
 
 @pytest.fixture(scope="module")

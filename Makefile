@@ -1,0 +1,34 @@
+# Every command a user or CI needs. `make` prints them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+
+help: ## print this
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+# Versions come from constraints.txt alone. moshi goes in without its own pins, which exclude our torch.
+$(VENV)/.ready: constraints.txt pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --progress-bar on -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install --quiet --progress-bar on -c constraints.txt --no-deps moshi
+	touch $@
+
+venv: $(VENV)/.ready ## make .venv and install
+
+quickstart: $(VENV)/.ready ## speech -> training -> the moshi runtime -> answers, on any machine; goes on where it was
+	OMP_NUM_THREADS=$$(nproc) $(BIN)/python examples/quickstart/run.py $(ARGS)
+
+test: $(VENV)/.ready ## every test
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.ready ## ruff and the house rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest tests/unit/test_house.py
+
+clean: ## remove what the quickstart made, not .venv
+	rm -rf runs/quickstart
+
+.PHONY: help venv quickstart test check clean
+.DEFAULT_GOAL := help

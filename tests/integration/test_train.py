@@ -1,0 +1,220 @@
+"""Training as a user runs it: mistakes end in one message, a killed run goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from launching import TIMEOUT, command, curve, environment, train
+from synthetic import write_synthetic_shards
+
+from megaspeech.config import read_config
+
+STEPS = 20
+KILL_AFTER = 7
+SAVE_INTERVAL = 5
+CONFIG = f"""
+[model]
+preset = "tiny"
+[data]
+mixture = {{ asr-en = 1.0, tts-en = 2.0 }}
+num_frames = 16
+[loss]
+silence_fraction = 0.5
+[optimizer]
+lr = 3e-3
+lr_warmup_steps = 5
+[training]
+train_steps = {STEPS}
+micro_batch_size = 2
+global_batch_size = 8
+eval_interval = 10
+[checkpoint]
+save_interval = {SAVE_INTERVAL}
+[logging]
+tensorboard = false
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `config.toml` and shards."""
+    directory = tmp_path_factory.mktemp("train")
+    (directory / "config.toml").write_text(CONFIG)
+    write_synthetic_shards(directory / "shards", streams=read_config(directory / "config.toml").streams)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def single(home: Path) -> Path:
+    """The run directory of 20 uninterrupted steps on one rank, with TensorBoard, its seed checkpoint saved."""
+    # Nothing is removed, so that step 0 stays for other runs to start from.
+    overrides = ["checkpoint.save_seed=true", "checkpoint.keep_last=9", "logging.tensorboard=true"]
+    finished = train(*_arguments(home, run="single"), *overrides)
+    assert finished.returncode == 0, finished.stderr
+    return home / "single"
+
+
+def _arguments(home: Path, *, run: str) -> tuple:
+    return home / "config.toml", f"data.directory={home}/shards", f"run.directory={home}/{run}"
+
+
+def _assert_one_message(finished: subprocess.CompletedProcess, *words: str) -> None:
+    """One block "megaspeech.train: ..." with these words, before anything torchrun has to say; no trace of our code."""
+    assert finished.returncode != 0
+    assert finished.stderr.count("megaspeech.train: ") == 1, finished.stderr
+    assert not re.search(r'File ".*megaspeech', finished.stderr), finished.stderr
+    before, _, message = finished.stderr.partition("megaspeech.train: ")
+    assert "Traceback" not in before and "ChildFailedError" not in before
+    # torchrun's records start with a letter and a date (E1123 02:45:12.123456 ...) or are its own traceback.
+    block = re.split(r"^(?:[EWI]\d{4} |Traceback|\[rank)", message, flags=re.MULTILINE)[0]
+    for word in words:
+        assert word in block
+
+
+def test_unknown_key(home: Path) -> None:
+    finished = train(*_arguments(home, run="typo"), "training.train_step=5", "optimizer.lr=-1", ranks=2)
+    _assert_one_message(finished, "2 faults", "training.train_step: no such key; did you mean 'train_steps'?", "lr: -1")
+    assert not (home / "typo").exists()
+
+
+def test_missing_config(home: Path) -> None:
+    _assert_one_message(train(home / "absent.toml"), "absent.toml", "there is no such file")
+
+
+def test_layout_that_does_not_divide_the_ranks(home: Path) -> None:
+    finished = train(*_arguments(home, run="three"), "parallel.tensor_model_parallel_size=2", ranks=3)
+    _assert_one_message(finished, "tensor 2 x pipeline 1", "3 launched", "--nproc-per-node")
+
+
+def test_missing_shards(home: Path) -> None:
+    finished = train(*_arguments(home, run="bare"), f"data.directory={home}/nowhere", ranks=2)
+    _assert_one_message(finished, "data.mixture", f"{home}/nowhere/train/asr-en", "prepare_data.py")
+
+
+def test_training_lowers_the_loss_and_keeps_its_records(single: Path) -> None:
+    records = curve(single)
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    assert records[-1]["loss"] < 0.9 * records[0]["loss"]
+    # Linear warm-up over 5 steps from 0, then cosine down: the fifth step is the first at full rate but one.
+    assert records[0]["learning_rate"] == 0
+    assert max(record["learning_rate"] for record in records) == pytest.approx(3e-3, rel=0.02)
+    assert read_config(single / "config.toml").training.train_steps == STEPS
+    kinds = {line.split('"')[3] for line in (single / "metrics.jsonl").read_text().splitlines()}
+    assert kinds == {"train", "valid/asr-en", "valid/tts-en"}
+
+
+def test_tensorboard_holds_the_curves(single: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(single / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    assert {"train/loss", "train/accuracy/text", "train/frames_per_second", "valid/asr-en/loss"} <= set(tags)
+    shown = events.Scalars("train/loss")
+    assert [event.step for event in shown] == list(range(1, STEPS + 1))
+    assert [event.value for event in shown] == pytest.approx([record["loss"] for record in curve(single)], rel=1e-6)
+
+
+def _until(condition: Callable[[], bool], *, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def _kill_all(process: subprocess.Popen) -> None:
+    """SIGKILL for torchrun and its ranks, which are sessions of their own."""
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        member.kill()
+    process.wait()
+    psutil.wait_procs(family)
+
+
+def test_killed_run_goes_on(home: Path, single: Path) -> None:
+    run, arguments = home / "killed", command(*_arguments(home, run="killed"))
+    seed = f"checkpoint.seed_checkpoint={single}/checkpoints/step_00000000"
+    metrics = run / "metrics.jsonl"
+    with subprocess.Popen([*arguments, seed], env=environment(), stdout=-3, stderr=-3) as process:
+        _until(lambda: metrics.is_file() and len(curve(run)) >= KILL_AFTER, process=process)
+        _kill_all(process)
+    before = curve(run)
+    assert KILL_AFTER <= len(before) < STEPS
+    # What a kill in the middle of a save leaves behind, newer than every whole checkpoint.
+    torn = run / "checkpoints" / f"step_{STEPS - 1:08d}.part"
+    torn.mkdir()
+    (torn / "config.toml").write_text("torn")
+
+    finished = subprocess.run([*arguments, seed], env=environment(), capture_output=True, text=True, timeout=TIMEOUT)
+    assert finished.returncode == 0, finished.stderr
+    after = curve(run)[len(before) :]
+    first = after[0]["step"]
+    assert (
+        f"going on at step {first - 1} from" in finished.stdout and "starting from the weights" not in finished.stdout
+    )
+    assert first - 1 in range(SAVE_INTERVAL, len(before) + 1, SAVE_INTERVAL)
+    assert [record["step"] for record in after] == list(range(first, STEPS + 1))
+    _assert_same_course(after, single, tolerance=1e-6)
+    _assert_same_course(before, single, tolerance=1e-6)
+    kept = sorted(path.name for path in (run / "checkpoints").glob("step_*"))
+    assert kept == ["step_00000015", f"step_{STEPS - 1:08d}.part", "step_00000020"]
+    assert (run / "checkpoints" / "latest").read_text().strip() == "step_00000020"
+
+
+def _assert_same_course(records: list[dict], reference: Path, *, tolerance: float) -> None:
+    expected = {record["step"]: record for record in curve(reference)}
+    for record in records:
+        for key in ("loss", "text_loss", "audio_loss", "grad_norm", "learning_rate", "loss/codebook_3"):
+            wanted = expected[record["step"]][key]
+            assert record[key] == pytest.approx(wanted, rel=tolerance), f"step {record['step']}, {key}"
+
+
+def test_goes_on_with_another_layout(home: Path, single: Path) -> None:
+    seed = f"checkpoint.seed_checkpoint={single}/checkpoints/step_00000000"
+    spread = [
+        "parallel.tensor_model_parallel_size=2",
+        "parallel.pipeline_model_parallel_size=2",
+        "parallel.sequence_parallel=true",
+        "training.exit_step=10",
+    ]
+    arguments = (*_arguments(home, run="moved"), seed)
+    first = train(*arguments, *spread, ranks=4)
+    assert first.returncode == 0, first.stderr
+    assert len(curve(home / "moved")) == 10
+    second = train(*arguments, ranks=2)
+    assert second.returncode == 0, second.stderr
+    assert "going on at step 10" in second.stdout and "data 2" in second.stdout
+    records = curve(home / "moved")
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    _assert_same_course(records, single, tolerance=1e-5)
+
+
+def test_finished_run_has_nothing_left_to_do(home: Path, single: Path) -> None:
+    before = len(curve(single))
+    finished = train(*_arguments(home, run="single"))
+    assert finished.returncode == 0 and len(curve(single)) == before
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("temporal.ffn_hidden_size=88", ("temporal.ffn_hidden_size", "176", "88")),
+        ("streams.delays=[0,0,1,2,2,0,1,1,1]", ("streams.delays", "(0, 0, 1, 2, 2, 0, 1, 1, 1)")),
+    ],
+)
+def test_checkpoint_of_another_shape_is_refused(home: Path, single: Path, override: str, words: tuple) -> None:
+    seed = f"checkpoint.seed_checkpoint={single}/checkpoints/step_00000000"
+    finished = train(*_arguments(home, run="other"), seed, override)
+    _assert_one_message(finished, *words)
+
+
+def test_seed_checkpoint_that_is_not_there(home: Path, single: Path) -> None:
+    finished = train(*_arguments(home, run="lost"), "checkpoint.seed_checkpoint=nowhere/step_00000000")
+    _assert_one_message(finished, "there is no checkpoint at nowhere/step_00000000")
