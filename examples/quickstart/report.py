@@ -12,7 +12,6 @@ import picture
 import soundfile
 import torch
 from judge import DigitJudge
-from preparation import tokenizer_of
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -21,6 +20,7 @@ from megaspeech.codecs.registry import load_codec
 from megaspeech.config import Config
 from megaspeech.data.manifest import Utterance, read_manifest
 from megaspeech.data.prepare import encode_recordings
+from megaspeech.data.tokenizer import Tokenizer
 from megaspeech.model.counting import count_parameters
 from megaspeech.streaming.evaluation import Evaluated, Evaluator
 from megaspeech.streaming.runtime import load_runtime
@@ -39,7 +39,7 @@ FRAME_MS = 80
 def evaluate(directory: Path, config: Config, *, exported: Path) -> None:
     """Stream the held-out set through the runtime; writes answers.json, wav files and picture.png."""
     torch.set_num_threads(os.cpu_count() or 1)
-    codec, tokenizer = load_codec(config.codec.path), tokenizer_of(config)
+    codec, tokenizer = load_codec(config.codec.path), Tokenizer.load(config.data.tokenizer)
     utterances = read_manifest(directory / "corpus" / "test.jsonl")
     recordings = list(dict.fromkeys(path for utterance in utterances for path in utterance.recordings))
     codes, _ = encode_recordings(recordings, codec=codec)

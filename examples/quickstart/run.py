@@ -1,6 +1,8 @@
 """The quickstart: speech -> codes -> training on every kind of parallelism -> the moshi runtime -> answers, scored.
 
-    python examples/quickstart/run.py [section.field=value ...]      overrides of config.toml
+    python examples/quickstart/run.py [section.field=value ...]
+
+The overrides are those of config.toml, and `corpus.key=value` for the settings in script.py.
 
 Every stage leaves its result in runs/quickstart and is not done again: killed at any moment and started again, it goes
 on where it was. Trains first on 4 CPU ranks (tensor 2 x pipeline 2 with sequence parallelism), then loads that
@@ -18,8 +20,9 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-HERE = Path(__file__).parent
-PIPELINED_STEPS = 60
+HERE = Path(__file__).resolve().parent
+TOOLS = HERE.parents[1] / "tools"
+PIPELINED_STEPS = 40
 LAYOUTS = (
     (
         "tensor 2 x pipeline 2 with sequence parallelism",
@@ -65,11 +68,13 @@ def main(overrides: list[str]) -> int:
     warnings.filterwarnings("ignore")
     from megaspeech.config import read_config
 
+    settings = [override.removeprefix("corpus.") for override in overrides if override.startswith("corpus.")]
+    overrides = [override for override in overrides if not override.startswith("corpus.")]
     try:
         config = read_config(HERE / "config.toml", overrides)
         directory = Path(config.run.directory).parent
         directory.mkdir(parents=True, exist_ok=True)
-        _run(config, directory, overrides)
+        _run(config, directory, overrides, settings=settings)
     except (ValueError, ImportError) as error:
         print(f"quickstart: {error}", file=sys.stderr)
         return 1
@@ -82,17 +87,25 @@ def main(overrides: list[str]) -> int:
     return 0
 
 
-def _run(config, directory: Path, overrides: list[str]) -> None:
-    import preparation
+def _run(config, directory: Path, overrides: list[str], *, settings: list[str]) -> None:
     import report
 
     from megaspeech.checkpoint.store import CheckpointStore
 
     stages, corpus = Stages(directory), directory / "corpus"
-    stages.run("corpus", lambda: preparation.corpus(corpus), done=(corpus / "corpus.json").is_file())
-    codec_file = Path(config.codec.path) / "codec.json"
-    stages.run("codec", lambda: preparation.codec(corpus, config), done=codec_file.is_file())
-    stages.run("shards", lambda: preparation.shards(corpus, config), done=preparation.shards_exist(config))
+    stages.run(
+        "corpus: spoken digits, synthesised",
+        lambda: _command(HERE / "corpus.py", corpus, *settings),
+        done=(corpus / "corpus.json").is_file(),
+    )
+    manifests = (corpus / "train.jsonl", corpus / "valid.jsonl")
+    stages.run(
+        "codec, tokenizer and shards",
+        lambda: _command(
+            TOOLS / "prepare_data.py", HERE / "config.toml", *manifests, *overrides, threads=os.cpu_count()
+        ),
+        done=(Path(config.data.directory) / "valid").is_dir(),
+    )
     store = CheckpointStore(Path(config.run.directory) / "checkpoints", config=config)
     steps = config.training.train_steps
     for place, (name, ranks, layout) in enumerate(LAYOUTS):
@@ -105,7 +118,7 @@ def _run(config, directory: Path, overrides: list[str]) -> None:
     exported = directory / "moshi"
     stages.run(
         "export to moshi",
-        lambda: _command("tools/export_moshi.py", store.latest(), exported),
+        lambda: _command(TOOLS / "export_moshi.py", store.latest(), exported),
         done=(exported / "config.json").is_file(),
     )
     results = directory / "results.json"
@@ -123,9 +136,11 @@ def _train(overrides: list[str], *, ranks: int) -> None:
     _command(*launcher[1:], "-m", "megaspeech.train", HERE / "config.toml", *overrides)
 
 
-def _command(*arguments: object) -> None:
-    # One thread a rank: two ranks' threads on two cores would spin against each other.
-    subprocess.run([sys.executable, *map(str, arguments)], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def _command(*arguments: object, threads: int | None = 1) -> None:
+    # One thread a rank: the threads of several ranks on few cores would spin against each other.
+    subprocess.run(
+        [sys.executable, *map(str, arguments)], check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)}
+    )
 
 
 if __name__ == "__main__":

@@ -35,9 +35,10 @@ class Batch:
         """T."""
         return self.codes_BST.shape[-1]
 
-    def weight_sums(self) -> Tensor:
-        """Sums of the text and of the audio weights `[2]` float64."""
-        return torch.stack([self.weights_BPT[:, 0].double().sum(), self.weights_BPT[:, 1:].double().sum()])
+    def totals(self) -> Tensor:
+        """Sums of the text and of the audio weights, and the frames that are not padding `[3]` float64."""
+        text, audio = self.weights_BPT[:, 0], self.weights_BPT[:, 1:]
+        return torch.stack([text.double().sum(), audio.double().sum(), (self.codes_BST[:, 0] >= 0).double().sum()])
 
 
 class ShardSamples(torch.utils.data.Dataset):

@@ -25,6 +25,7 @@ from megaspeech.data.tasks import Timing, lay_out, text_stream
 from megaspeech.data.tokenizer import Tokenizer
 
 ENCODE_BATCH = 64
+Progress = Callable[[Iterable, int], Iterable]
 
 
 def prepare_shards(
@@ -34,7 +35,7 @@ def prepare_shards(
     config: Config,
     codec: Codec,
     tokenizer: Tokenizer,
-    progress: Callable[[Iterable], Iterable] = iter,
+    progress: Progress | None = None,
 ) -> dict[str, ShardHeader]:
     """Write one shard a task into `directory`, which appears when all of it is written.
 
@@ -43,7 +44,7 @@ def prepare_shards(
         directory: replaced if it exists.
         config: names streams, delays and the longest sample.
         codec, tokenizer: what the codes and the text are made with.
-        progress: wraps the iteration over recordings, for a progress bar.
+        progress: wraps the iteration over recordings, of which there are so many: a progress bar.
 
     Returns:
         Headers by shard name. Raises ValueError where no sample is left.
@@ -78,12 +79,13 @@ def prepare_shards(
 
 
 def encode_recordings(
-    paths: Sequence[Path], *, codec: Codec, progress: Callable[[Iterable], Iterable] = iter
+    paths: Sequence[Path], *, codec: Codec, progress: Progress | None = None
 ) -> tuple[dict[Path, np.ndarray], dict[Path, str]]:
     """(codes `[Q, T]` int64, reasons of rejection) by path."""
     codes: dict[Path, np.ndarray] = {}
     rejected: dict[Path, str] = {}
-    for batch in _batched(progress(decode_files(paths, sample_rate=codec.sample_rate)), ENCODE_BATCH):
+    decoded = decode_files(paths, sample_rate=codec.sample_rate)
+    for batch in _batched(progress(decoded, len(paths)) if progress else decoded, ENCODE_BATCH):
         good = [(paths[index], samples) for index, samples in batch if not isinstance(samples, Rejection)]
         rejected.update({paths[index]: item.reason for index, item in batch if isinstance(item, Rejection)})
         if good:

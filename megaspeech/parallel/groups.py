@@ -43,6 +43,9 @@ def initialise(parallel: ParallelSection, *, seed: int, timeout: float = 600.0) 
         timeout: seconds after which a collective that waits for a lost rank gives up.
     """
     if torch.cuda.is_available():
+        if parallel.tensor_model_parallel_size > 1:
+            # megatron-core orders its overlapped communication by it, on GPUs before Blackwell.
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "nccl"
     else:

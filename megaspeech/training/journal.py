@@ -40,7 +40,7 @@ class Journal:
         if not self.is_main:
             return
         training = self.config.training
-        frames = training.global_batch_size * self.config.data.num_frames / seconds
+        frames = metrics.num_frames / seconds
         speed = {"frames_per_second": frames, "x_real_time": frames / self.frame_rate}
         record = {"grad_norm": grad_norm, "learning_rate": learning_rate, **speed}
         self._scalars("train", step, {**_flat(metrics), **record})

@@ -17,7 +17,7 @@ class StreamMetrics:
     """Means over a global batch.
 
     `loss` is what is minimised, `text` and `audio` its two parts; `losses` and `accuracies` are unweighted, by
-    predicted stream, and leave out streams without a counted token.
+    predicted stream, and leave out streams without a counted token. `num_frames` leaves out padding.
     """
 
     loss: float
@@ -25,6 +25,7 @@ class StreamMetrics:
     audio: float
     losses: dict[str, float]
     accuracies: dict[str, float]
+    num_frames: int
 
 
 def predicted_stream_names(streams: StreamsSection) -> list[str]:
@@ -32,18 +33,22 @@ def predicted_stream_names(streams: StreamsSection) -> list[str]:
     return ["text", *(f"codebook_{index}" for index in range(streams.num_codebooks))]
 
 
-def reduce_metrics(
-    reports: Sequence[dict[str, Tensor]], *, weight_sums: Tensor, streams: StreamsSection
-) -> StreamMetrics:
-    """The metrics of a step from its microbatches' reports; all ranks of the last stage call this."""
+def reduce_metrics(reports: Sequence[dict[str, Tensor]], *, totals: Tensor, streams: StreamsSection) -> StreamMetrics:
+    """The metrics of a step from its microbatches' reports; all ranks of the last stage call this.
+
+    Args:
+        reports: what the loss function of `training.forward_step` reported.
+        totals: `Batch.totals` of the global batch `[3]`.
+        streams: names the predicted streams.
+    """
     weighted = torch.stack([report["weighted"] for report in reports]).sum(0)
     statistics = torch.stack([report["statistics"] for report in reports]).sum(0)
     total = torch.cat([weighted.double(), statistics.double().flatten()])
     total = sum_over_tensor_and_data_parallel(total).cpu()
-    text, audio = (total[:2] / weight_sums.cpu().clamp(min=1e-9)).tolist()
+    text, audio = (total[:2] / totals[:2].cpu().clamp(min=1e-9)).tolist()
     losses, accuracies = {}, {}
     rows = total[2:].view(-1, 3).tolist()
     for name, (loss, count, correct) in zip(predicted_stream_names(streams), rows, strict=True):
         if count:
             losses[name], accuracies[name] = loss / count, correct / count
-    return StreamMetrics(text + audio, text, audio, losses, accuracies)
+    return StreamMetrics(text + audio, text, audio, losses, accuracies, num_frames=int(totals[2]))

@@ -85,10 +85,10 @@ class Trainer:
         wrapped = self.wrapped
         wrapped.chunk.zero_grad_buffer()
         wrapped.optimizer.zero_grad()
-        reports, weight_sums = self._run(batches, forward_only=False)
+        reports, totals = self._run(batches, forward_only=False)
         _, grad_norm, _ = wrapped.optimizer.step()
         wrapped.scheduler.step(increment=1)
-        return self._metrics(reports, weight_sums), float(grad_norm)
+        return self._metrics(reports, totals), float(grad_norm)
 
     def evaluate(self) -> None:
         """Validation losses of every task, all samples of `valid/`."""
@@ -108,11 +108,10 @@ class Trainer:
         self.journal.say(f"step {self.step:>6}  saved {path} in {time.perf_counter() - started:.1f} s")
 
     def _run(self, batches: list[Batch], *, forward_only: bool) -> tuple[list[dict[str, Tensor]], Tensor]:
-        weight_sums = torch.stack([batch.weight_sums() for batch in batches]).sum(0).to(self.device)
-        weight_sums = sum_over_data_parallel(weight_sums)
+        totals = sum_over_data_parallel(torch.stack([batch.totals() for batch in batches]).sum(0).to(self.device))
         reports = run_microbatches(
             make_forward_step(
-                weight_sums=weight_sums,
+                weight_sums=totals[:2],
                 num_microbatches=len(batches),
                 dp_size=self.grid.dp_size,
                 tensor_parallel_size=self.config.parallel.tensor_model_parallel_size,
@@ -123,12 +122,12 @@ class Trainer:
             micro_batch_size=self.config.training.micro_batch_size,
             forward_only=forward_only,
         )
-        return reports, weight_sums
+        return reports, totals
 
-    def _metrics(self, reports: list[dict[str, Tensor]], weight_sums: Tensor) -> StreamMetrics | None:
+    def _metrics(self, reports: list[dict[str, Tensor]], totals: Tensor) -> StreamMetrics | None:
         if not self.grid.is_last_stage:
             return None
-        return reduce_metrics(reports, weight_sums=weight_sums, streams=self.config.streams)
+        return reduce_metrics(reports, totals=totals, streams=self.config.streams)
 
     def _build(self) -> SpeechTextModel:
         return SpeechTextModel(self.config, pre_process=self.grid.is_first_stage, post_process=self.grid.is_last_stage)
