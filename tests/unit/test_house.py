@@ -262,9 +262,10 @@ def _tracked() -> list[Path]:
 MACHINE_PATH = re.compile(r"(?<![\w./-])/(?:" + "|".join(("work", "root", "home/[a-z]+", "tmp/w")) + r")/")
 
 
-@pytest.mark.parametrize("text, found", [("see /work/x", True), ("a/work/x", False), (".github/workflows", False)])
-def test_machine_paths_are_recognised(text: str, found: bool) -> None:
-    assert bool(MACHINE_PATH.search(text)) is found
+@pytest.mark.parametrize("before, found", [("see /", True), ("=/", True), ("a/", False), ("./", False)])
+def test_machine_paths_are_recognised(before: str, found: bool) -> None:
+    assert bool(MACHINE_PATH.search(f"{before}work/x")) is found
+    assert not MACHINE_PATH.search(".github/workflows/x")
 
 
 def test_no_machine_paths_in_tracked_files() -> None:

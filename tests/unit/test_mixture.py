@@ -175,11 +175,12 @@ def test_validation_sees_every_sample_once_and_whole(home: Path, dp_size: int) -
         assert int((weights > 0).sum()) == frames - 5  # one frame a sample falls off, codebook 1 being delayed
 
 
-def test_weight_sums(home: Path) -> None:
-    batch = TrainBatches(config_of(home), dp_rank=0, dp_size=1)(0)[0]
-    text, audio = batch.weight_sums().tolist()
+def test_totals_count_weights_and_frames_but_no_padding(home: Path) -> None:
+    batch = TrainBatches(config_of(home, "data.length_multiple=32"), dp_rank=0, dp_size=1)(0)[0]
+    text, audio, frames = batch.totals().tolist()
     assert text == pytest.approx(float(batch.weights_BPT[:, 0].sum()))
-    assert audio == pytest.approx(float(batch.weights_BPT[:, 1:].sum())) and batch.weight_sums().dtype is torch.float64
+    assert audio == pytest.approx(float(batch.weights_BPT[:, 1:].sum())) and batch.totals().dtype is torch.float64
+    assert frames == int((batch.codes_BST[:, -1] >= 0).sum()) < batch.codes_BST[:, 0].numel()
 
 
 def test_mixture_without_shards_names_the_key(home: Path) -> None:

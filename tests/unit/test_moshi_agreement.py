@@ -193,22 +193,32 @@ def _assert_statistics(statistics_P3: Tensor, out: object, *, codes_BST: Tensor,
         assert right == int((logits[mask].argmax(-1) == targets[mask]).sum())
 
 
-def test_accuracy_counts_only_what_is_right(tmp_path: Path) -> None:
-    """Targets chosen by the model itself are all right; shifted by one, none of them is."""
-    config = make_config(tmp_path, "streams.delays=[0, 0, 0, 0, 0, 0, 0, 0, 0]")
+def test_accuracy_counts_only_what_is_right_and_weighs(tmp_path: Path) -> None:
+    """Text chosen by the model itself is right, moved by one it is wrong, and without weight it is not counted."""
+    config = make_config(tmp_path)
     model = build(config).eval()
     codes_BST = sample_codes(config)
-    codes_BST[:, :5] = -1  # predicted streams give no input, so that changing them changes no logit but the depth's
     with torch.no_grad():
-        text_BTV, _ = model(codes_BST)
-    text_BTV[:, 1:] = 0  # later frames read the text of the first
-    for shift, share in ((0, 1.0), (1, 0.0)):
-        codes_BST[:, 0, 0] = (text_BTV[:, 0].argmax(-1) + shift) % config.streams.text_cardinality
+        for frame in range(3):
+            codes_BST[:, 0, frame] = model(codes_BST)[0][:, frame].argmax(-1)
         weights_BPT = torch.zeros(3, 5, codes_BST.shape[-1])
-        weights_BPT[:, 0, 0] = 0.25
-        _, statistics = model(codes_BST, weights_BPT)
-        assert statistics[0, 1:].tolist() == [3, 3 * share]
-        assert statistics[1:].abs().sum() == 0
+        weights_BPT[:, 0, :2] = 0.25  # the third frame is right too, and does not count
+        assert model(codes_BST, weights_BPT).statistics[0, 1:].tolist() == [6, 6]
+        codes_BST[:, 0, 1] = (codes_BST[:, 0, 1] + 1) % config.streams.text_cardinality
+        statistics = model(codes_BST, weights_BPT).statistics
+        assert statistics[0, 1:].tolist() == [6, 3] and statistics[1:].abs().sum() == 0
+
+
+def test_zero_token_of_text_costs_nothing_whatever_its_weight(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    model = build(config)
+    codes_BST = sample_codes(config)
+    weights_BPT = finetune_weights(codes_BST, config=config)
+    expected = model(codes_BST, weights_BPT)
+    weights_BPT[:, 0][codes_BST[:, 0] == -1] = 9.0
+    actual = model(codes_BST, weights_BPT)
+    assert (weights_BPT[:, 0] == 9.0).any()
+    assert torch.equal(actual.weighted, expected.weighted) and torch.equal(actual.statistics, expected.statistics)
 
 
 def test_frames_without_weight_change_nothing(tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ def test_prompt_is_never_overwritten() -> None:
     assert row([(0, [10])]) == [*PROMPT, 10]
     assert row([(2, [10])], num_frames=4) == [*PROMPT, 10, PAD]
     assert row([], num_frames=1) == PROMPT
+    assert text_stream([(2, [10])], prompt=[40, PAD], num_frames=0, streams=STREAMS).tolist() == [40, PAD, 10]
 
 
 def test_text_longer_than_asked_for_grows() -> None:
