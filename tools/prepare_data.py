@@ -63,7 +63,10 @@ def _fit_codec(config, utterances) -> None:
     recordings = list(dict.fromkeys(path for utterance in utterances for path in utterance.recordings))
     chosen = np.random.default_rng(config.run.seed).permutation(len(recordings))[:FIT_RECORDINGS]
     decoded = decode_files([recordings[index] for index in chosen], sample_rate=sizes.sample_rate)
-    waveforms = [wave for _, wave in tqdm(decoded, "decoded by DALI", len(chosen)) if not isinstance(wave, Rejection)]
+    results = [result for _, result in tqdm(decoded, "decoded by DALI", len(chosen))]
+    waveforms = [result for result in results if not isinstance(result, Rejection)]
+    if not waveforms:
+        raise ValueError(f"{results[0].path}: {results[0].reason}; and no other recording of the manifest can be read")
     codec = SpectralCodec.fit(waveforms, config=sizes)
     codec.save(config.codec.path)
     minutes = sum(map(len, waveforms)) / codec.sample_rate / 60

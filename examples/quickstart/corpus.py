@@ -33,7 +33,8 @@ OWN_PEAK = {"en": 0.9, "ja": 0.5}  # fixed gains, which bring both to like loudn
 ANSWER_DELAY = (
     0.24  # s from the end of a word heard to its translation: the three frames of the quickstart's task delay
 )
-WORD_GAP = 0.02  # s at least between two words of the model's
+OWN_GAP = 0.12  # s at least between two words of the model's; the judge wants them apart
+ANSWER_GAP = 0.02  # s likewise in an answer, which must keep up with what is heard
 FRAME = 0.08  # s; the model's words begin on a codec frame
 
 
@@ -50,7 +51,7 @@ def _own_word(word: str, language: str) -> Speech:
     return speak([word], voice=OWN_VOICE[language])
 
 
-def _own_words(digits: str, *, language: str, earliest: Sequence[float]) -> Speech:
+def _own_words(digits: str, *, language: str, earliest: Sequence[float], gap: float) -> Speech:
     """Digits in the model's voice, word by word, word i not before `earliest[i]` seconds, each from the start of a
     codec frame: so a word has one sequence of codes, whatever string it stands in, and is learned in minutes."""
     words, starts, free = [], [], 0.0
@@ -59,15 +60,15 @@ def _own_words(digits: str, *, language: str, earliest: Sequence[float]) -> Spee
         start = np.ceil(round(max(soonest, free) / FRAME, 6)) * FRAME
         words.append(word)
         starts.append(start)
-        free = start + word.times[0][1] - word.times[0][0] + WORD_GAP
+        free = start + word.times[0][1] - word.times[0][0] + gap
     return lay(words, starts=starts)
 
 
 def _say(clip: Clip) -> tuple[Speech, Speech | None]:
     """What is heard (or is the model's own) and, for a pair, the answer; faster and with shorter gaps until it fits."""
     if clip.kind == "own":
-        speech = _own_words(clip.digits, language=clip.language, earliest=[0.0] * len(clip.digits))
-        return _pad(speech, lead=0.0, length=speech.times[-1][1] + clip.trail), None
+        speech = _own_words(clip.digits, language=clip.language, earliest=[0.0] * len(clip.digits), gap=OWN_GAP)
+        return _pad(speech, lead=0.0, length=min(speech.times[-1][1] + clip.trail, clip.longest)), None
     for hurry in (1.0, 1.15, 1.3, 1.5, 1.75):
         words = [SPOKEN[clip.language][int(digit)] for digit in clip.digits]
         speech = speak(
@@ -77,8 +78,8 @@ def _say(clip: Clip) -> tuple[Speech, Speech | None]:
         answer = None
         if clip.kind == "pair":
             soonest = [end + ANSWER_DELAY for _, end in speech.times]
-            answer = _own_words(clip.digits, language="en", earliest=soonest)
-        length = max((answer or speech).times[-1][1] + 0.15, speech.times[-1][1] + clip.trail)
+            answer = _own_words(clip.digits, language="en", earliest=soonest, gap=ANSWER_GAP)
+        length = max(speech.times[-1][1], answer.times[-1][1] if answer else 0.0) + clip.trail
         if length <= clip.longest:
             break
     else:

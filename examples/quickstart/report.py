@@ -38,7 +38,7 @@ FRAME_MS = 80
 
 def evaluate(directory: Path, config: Config, *, exported: Path) -> None:
     """Stream the held-out set through the runtime; writes answers.json, wav files and picture.png."""
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(1)  # as it would be served, and small matrices gain nothing from a second one
     codec, tokenizer = load_codec(config.codec.path), Tokenizer.load(config.data.tokenizer)
     utterances = read_manifest(directory / "corpus" / "test.jsonl")
     recordings = list(dict.fromkeys(path for utterance in utterances for path in utterance.recordings))
@@ -48,7 +48,6 @@ def evaluate(directory: Path, config: Config, *, exported: Path) -> None:
     scores = _written_scores(results)
     scores.update(_spoken_scores(results, codes=codes, codec=codec))
 
-    torch.set_num_threads(1)  # as it would be served: one session, one core
     some = _first_of_each_task(utterances, LATENCY_UTTERANCES)
     latency = evaluator.latencies(some, codes, progress=lambda items: tqdm(items, "sessions timed one by one"))
     _write_sound(results, directory / "spoken", sample_rate=codec.sample_rate)

@@ -64,7 +64,7 @@ class CorpusSettings:
         noisy: share of heard training clips with noise.
         snr_low, snr_high: dB, range of the noise.
         tract_spread: espeak-ng's training voices have their resonances moved by up to this factor either way.
-        longest, longest_pair: seconds.
+        longest, longest_speaking: seconds, of what is only heard, and of what the model says.
         processes: that share the work. espeak-ng's samples depend on it in the last digits.
     """
 
@@ -82,7 +82,7 @@ class CorpusSettings:
     snr_high: float = 30.0
     tract_spread: float = 0.12
     longest: float = 3.9
-    longest_pair: float = 4.6
+    longest_speaking: float = 4.8
     processes: int = 2
 
 
@@ -148,7 +148,7 @@ def _draw_voice(rng: np.random.Generator, *, language: str, held_out: bool, spre
 def _draw_gaps(rng: np.random.Generator, count: int, *, kind: str, voice: Voice) -> tuple[float, ...]:
     """Silences between words, s. espeak-ng pauses now and then in running speech; single words always have a little."""
     if kind == "pair":
-        return tuple(rng.uniform(0.2, 0.45, count))
+        return tuple(rng.uniform(0.25, 0.5, count))
     if kind == "own":
         return (0.0,) * count
     if voice.engine == "open_jtalk":
@@ -175,12 +175,13 @@ def _draw_clip(rng: np.random.Generator, digits: str, *, name: str, kind: str, s
         pitch=50 if own else int(rng.integers(20, 86)),
         gaps=_draw_gaps(rng, len(digits) - 1, kind=kind, voice=voice),
         lead=0.0 if own else float(rng.uniform(0.1, 0.5)),
-        trail=0.15 if own else float(rng.uniform(0.3, 0.6)),
+        # After its own last word the model learns to stay silent, for a while of any length.
+        trail=float(rng.uniform(0.2, 1.0)) if own else float(rng.uniform(0.3, 0.6)),
         peak_db=float(rng.uniform(-16, -1)),
         snr=float(rng.uniform(settings.snr_low, settings.snr_high)) if noisy else None,
         pink=bool(rng.random() < 0.5),
         noise_seed=int(rng.integers(1 << 31)),
-        longest=settings.longest_pair if kind == "pair" else settings.longest,
+        longest=settings.longest if kind == "heard" else settings.longest_speaking,
     )
 
 

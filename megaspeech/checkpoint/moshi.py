@@ -121,7 +121,8 @@ def moshi_config(config: Config) -> dict:
         "num_heads": temporal.num_attention_heads,
         "num_layers": temporal.num_layers,
         "kv_repeat": temporal.num_attention_heads // temporal.num_query_groups,
-        "hidden_scale": _feed_forward(temporal) / temporal.hidden_size,
+        # The runtime computes int(hidden_scale * dim), which the exact quotient can miss by one.
+        "hidden_scale": (_feed_forward(temporal) + 0.5) / temporal.hidden_size,
         "context": temporal.context,
         "max_period": temporal.rotary_base,
         "causal": True,
@@ -140,7 +141,7 @@ def moshi_config(config: Config) -> dict:
     }
 
 
-def _feed_forward(shape: TransformerSection) -> float:
+def _feed_forward(shape: TransformerSection) -> int:
     """The `dim_feedforward` from which the runtime computes our gate width h: int(2 * dim_feedforward / 3) = h.
 
     It makes an exception of 4 * dim (h = 21 * dim / 8 then), so that value is stepped over.

@@ -58,6 +58,13 @@ def _heads(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
                 f"{shape.num_attention_heads}"
             )
     temporal = sections["temporal"]
+    width, remainder = divmod(temporal.hidden_size, temporal.num_attention_heads)
+    if not remainder and width % 2:
+        yield (
+            f"temporal.hidden_size: {temporal.hidden_size} gives each of the num_attention_heads = "
+            f"{temporal.num_attention_heads} a width of {width}, which must be even, because RoPE rotates pairs; "
+            f"choose a multiple of {2 * temporal.num_attention_heads}"
+        )
     # The depth transformer is not listed: tensor parallel ranks share its frames, not its heads.
     for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         if getattr(temporal, key) % tp:

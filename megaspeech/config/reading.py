@@ -68,11 +68,19 @@ def _apply_override(tables: dict[str, Any], override: str, faults: list[str]) ->
     if not (equals and dot and section and field):
         faults.append(f"{override!r}: overrides are written section.field=value, for example training.train_steps=100")
         return
+    name, nested, _ = field.partition(".")
+    if nested:
+        faults.append(
+            f"{key}: overrides are section.field=value, with one dot; a table is written whole, {section}.{name}={{...}}"
+        )
+        return
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare word: a path, a name
-    tables.setdefault(section, {})[field] = value
+    table = tables.setdefault(section, {})
+    if isinstance(table, dict):  # else the file has a value where a section should be: `_build` says so
+        table[field] = value
 
 
 def _build(tables: dict[str, Any], *, source: str, faults: list[str], world_size: int | None) -> Config:

@@ -118,6 +118,9 @@ class DataSection(Section):
     """Frames from the end of a heard word to its text."""
     speech_lead: Natural = 1
     """Frames from the text of a word to its sound, where the model speaks."""
+    codebook_dropout: float = Field(0.0, ge=0, le=1)
+    """Share of the training samples that hear only the first few codebooks, the rest being zero tokens: a residual
+    codec's later ones tell voices apart more than words (quantizer dropout, SoundStream, arXiv 2107.03312)."""
 
 
 class ParallelSection(Section):

@@ -14,6 +14,7 @@ from megatron.core.datasets.utils import Split
 from torch import Tensor
 
 from megaspeech.config import Config
+from megaspeech.config.schema import StreamsSection
 from megaspeech.data.shards import Shard
 from megaspeech.data.tasks import ZERO_TOKEN
 from megaspeech.data.weights import loss_weights
@@ -61,13 +62,15 @@ class ShardSamples(torch.utils.data.Dataset):
         if self._order[0] != epoch:
             self._order = (epoch, np.random.default_rng([self.config.run.seed, epoch]).permutation(len(self.shard)))
         # Drawn from the sample's own number, not from a running generator: the same after a resume, on any rank.
-        return self.sample(
-            int(self._order[1][place]), generator=np.random.default_rng([self.config.run.seed, int(index)])
-        )
+        generator = np.random.default_rng([self.config.run.seed, int(index)])
+        item = self.sample(int(self._order[1][place]), generator=generator)
+        if generator.random() < self.config.data.codebook_dropout:
+            drop_codebooks(item["codes"], streams=self.config.streams, generator=generator)
+        return item
 
     def sample(self, index: int, *, generator: np.random.Generator) -> dict[str, np.ndarray]:
         """Sample `index` of the shard and its loss weights."""
-        codes_ST = self.shard[index]
+        codes_ST = self.shard[index].copy()
         weights_PT = loss_weights(
             codes_ST,
             header=self.shard.header,
@@ -76,6 +79,13 @@ class ShardSamples(torch.utils.data.Dataset):
             generator=generator,
         )
         return {"codes": codes_ST, "weights": weights_PT}
+
+
+def drop_codebooks(codes_ST: np.ndarray, *, streams: StreamsSection, generator: np.random.Generator) -> None:
+    """Turn the last of the given codebooks into zero tokens, in place; a quarter of them at least is kept."""
+    least, count = -(-streams.num_given_codebooks // 4), streams.num_given_codebooks
+    kept = int(generator.integers(least, count + 1))
+    codes_ST[1 + streams.num_codebooks + kept :] = ZERO_TOKEN
 
 
 class TrainBatches:

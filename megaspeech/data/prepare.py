@@ -1,7 +1,7 @@
 """From a manifest to shards: decode, encode, lay the samples out, one shard a task.
 
-Nothing is lost silently: a recording that cannot be read, or a sample longer than a training sample, is written to
-`rejected.jsonl` with its reason, and the rest goes on.
+Nothing is lost silently: every sample that is left out, because a recording of its cannot be read or it is longer than
+a training sample, is written to `rejected.jsonl` with its reason, and the rest goes on.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 
 from megaspeech.codecs.protocol import Codec
 from megaspeech.config import Config
+from megaspeech.config.schema import StreamsSection
 from megaspeech.data.decode import Rejection, decode_files
 from megaspeech.data.manifest import Utterance
 from megaspeech.data.shards import FORMAT, ShardHeader, write_shard
@@ -47,35 +48,63 @@ def prepare_shards(
         progress: wraps the iteration over recordings, of which there are so many: a progress bar.
 
     Returns:
-        Headers by shard name. Raises ValueError where no sample is left.
+        Headers by shard name.
+
+    Raises:
+        ValueError: codec or tokenizer are not those that `[streams]` describes, or no sample is left.
     """
+    check_sizes(config.streams, codec=codec, tokenizer=tokenizer)
     directory = Path(directory)
     aside = directory.with_name(directory.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    codes, rejected = encode_recordings(_recordings(utterances), codec=codec, progress=progress)
+    codes, unreadable = encode_recordings(_recordings(utterances), codec=codec, progress=progress)
     samples: dict[str, list[np.ndarray]] = defaultdict(list)
+    rejected: list[dict[str, str]] = []
     for utterance in utterances:
-        lost = [str(path) for path in utterance.recordings if path in rejected]
-        if lost:
-            continue
-        sample = compose(utterance, codes, config=config, codec=codec, tokenizer=tokenizer)
-        if sample.shape[1] > config.data.num_frames:
-            reason = (
-                f"{sample.shape[1]} frames with prompt and delays, more than data.num_frames = {config.data.num_frames}"
-            )
-            rejected[utterance.audio_path] = reason
-            continue
-        samples[utterance.task.key].append(sample)
+        faults = {path: unreadable[path] for path in utterance.recordings if path in unreadable}
+        if not faults:
+            sample = compose(utterance, codes, config=config, codec=codec, tokenizer=tokenizer)
+            if sample.shape[1] <= config.data.num_frames:
+                samples[utterance.task.key].append(sample)
+                continue
+            length = f"{sample.shape[1]} frames with prompt and delays"
+            faults = {utterance.audio_path: f"{length}, more than data.num_frames = {config.data.num_frames}"}
+        for path, reason in faults.items():
+            rejected.append({"path": str(path), "task": utterance.task.key, "reason": reason})
     if not samples:
-        raise ValueError(f"{directory}: no sample is left; the reasons: {sorted(set(rejected.values()))[:3]}")
+        reasons = sorted({line["reason"] for line in rejected})
+        raise ValueError(f"{directory}: no sample is left; the reasons: {reasons[:3]}")
     header = _header(config, codec=codec, tokenizer=tokenizer)
     headers = {key: write_shard(aside / key, rows, header=header(key)) for key, rows in samples.items()}
     with (aside / "rejected.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"path": str(path), "reason": reason}) + "\n" for path, reason in rejected.items())
+        file.writelines(json.dumps(line) + "\n" for line in rejected)
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(aside, directory)
     return headers
+
+
+def check_sizes(streams: StreamsSection, *, codec: Codec, tokenizer: Tokenizer) -> None:
+    """See that codes and text fit the streams. Fewer codebooks may be heard than the codec has: the first ones.
+
+    Raises:
+        ValueError: names the key of `[streams]`, its value and what it should be.
+    """
+    for key, size, what in (
+        ("num_codebooks", codec.num_codebooks, f"codec {codec.name!r} has {codec.num_codebooks} codebooks"),
+        ("cardinality", codec.cardinality, f"codec {codec.name!r} has codebooks of {codec.cardinality}"),
+        ("text_cardinality", tokenizer.vocabulary_size, f"tokenizer has {tokenizer.vocabulary_size} pieces"),
+    ):
+        if getattr(streams, key) != size:
+            raise ValueError(
+                f"streams.{key} = {getattr(streams, key)}, but the {what}; set streams.{key} = {size}, "
+                f"or make codec and tokenizer anew for these streams"
+            )
+    if streams.num_given_codebooks > codec.num_codebooks:
+        raise ValueError(
+            f"streams.num_given_codebooks = {streams.num_given_codebooks}, but the codec {codec.name!r} has "
+            f"{codec.num_codebooks} codebooks; set it to {codec.num_codebooks} or less"
+        )
 
 
 def encode_recordings(

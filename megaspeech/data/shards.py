@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -65,6 +65,34 @@ class ShardHeader:
                 )
 
 
+def check_origins(
+    prefixes: Sequence[str | Path], *, codec: tuple[str, str] | None, tokenizer: tuple[str, str] | None
+) -> None:
+    """See that shards that are trained on together were made with the run's codec and tokenizer, or at least with one.
+
+    Args:
+        prefixes: of the shards.
+        codec, tokenizer: (name for the message, fingerprint) of the run's own; None where it has none to compare with.
+
+    Raises:
+        ValueError: names the first shard that differs, what in, and both values.
+    """
+    headers = {str(prefix): ShardHeader.read(prefix) for prefix in prefixes}
+    first, header = next(iter(headers.items()))
+    expected: dict[str, tuple[str, object]] = {
+        "codec_fingerprint": codec or (f"shard {first}", header.codec_fingerprint),
+        "tokenizer_fingerprint": tokenizer or (f"shard {first}", header.tokenizer_fingerprint),
+        "frame_rate": (f"shard {first}", header.frame_rate),
+    }
+    for prefix, header in headers.items():
+        for name, (whose, value) in expected.items():
+            if getattr(header, name) != value:
+                raise ValueError(
+                    f"shard {prefix}: its {name} is {getattr(header, name)}, that of {whose} is {value}; "
+                    f"prepare the shards again with one codec and tokenizer, or name those that they were made with"
+                )
+
+
 def write_shard(prefix: str | Path, samples: Iterable[np.ndarray], *, header: ShardHeader) -> ShardHeader:
     """Write samples `[S, T]` and the header; the header comes last, so a shard with one is whole.
 
@@ -95,12 +123,13 @@ class Shard:
     def __init__(self, prefix: str | Path) -> None:
         self.header = ShardHeader.read(prefix)
         self.name = Path(prefix).name
-        self._codes = IndexedDataset(str(prefix), mmap=True)
-        if len(self) == 0:
+        if len(self) == 0:  # checked first: an empty file cannot be memory mapped
             raise ValueError(f"shard {prefix} holds no samples; look into rejected.jsonl beside it, or drop it")
+        self._codes = IndexedDataset(str(prefix), mmap=True)
 
     def __len__(self) -> int:
         return self.header.num_samples
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return self._codes[index].reshape(-1, len(self.header.cardinalities)).T
+        # A copy, because a view of the memory map would die with the shard.
+        return self._codes[index].reshape(-1, len(self.header.cardinalities)).T.copy()

@@ -34,7 +34,8 @@ def count_flops(config: Config, *, num_frames: int) -> dict[str, int]:
     (PaLM, arXiv 2204.02311, appendix B); lookups, norms and softmax are not. `num_frames` is the length of a sample.
     """
     streams, temporal, depth = config.streams, config.temporal, config.depth
-    seen = (min(num_frames, temporal.context) + 1) / 2
+    growing = min(num_frames, temporal.context)  # frame t sees min(t + 1, context) frames, itself included
+    seen = (growing * (growing + 1) // 2 + (num_frames - growing) * temporal.context) / num_frames
     codebooks = streams.num_codebooks
     depth_matrices = (
         temporal.hidden_size * depth.hidden_size

@@ -57,29 +57,31 @@ def _host_device(device: Any) -> Any:
     return CPU if isinstance(device, (str, torch.device)) and str(device).startswith("cuda") else device
 
 
-def _nothing(*_: object, **__: object) -> None:
-    return None
+# Every name gets a function of its own: torch's dynamo lists the torch.cuda functions by identity and refuses one that
+# it finds under two names ("Duplicate torch object").
+def _nothing() -> Callable[..., None]:
+    return lambda *_, **__: None
 
 
-def _stream(*_: object, **__: object) -> _HostStream:
-    return _HostStream()
+def _stream() -> Callable[..., _HostStream]:
+    return lambda *_, **__: _HostStream()
 
 
 REPLACEMENTS: tuple[tuple[str, str, Any, str], ...] = (
     ("torch.cuda", "current_device", lambda: CPU, "tensor_parallel/mappings.py:91 builds its buffers on it"),
     ("torch.cuda", "device_count", lambda: 1, "dist_checkpointing/strategies/async_utils.py:488 divides by it"),
-    ("torch.cuda", "set_device", _nothing, "dist_checkpointing/strategies/async_utils.py:488"),
-    ("torch.cuda", "synchronize", _nothing, "pipeline_parallel/p2p_communication.py:398"),
-    ("torch.cuda", "empty_cache", _nothing, "distributed/distributed_data_parallel.py:594"),
+    ("torch.cuda", "set_device", _nothing(), "dist_checkpointing/strategies/async_utils.py:488"),
+    ("torch.cuda", "synchronize", _nothing(), "pipeline_parallel/p2p_communication.py:398"),
+    ("torch.cuda", "empty_cache", _nothing(), "distributed/distributed_data_parallel.py:594"),
     ("torch.cuda", "get_rng_state", lambda *_: torch.get_rng_state(), "tensor_parallel/random.py:235"),
     ("torch.cuda", "manual_seed", lambda seed: torch.random.default_generator.manual_seed(seed), "random.py:237"),
     ("torch.cuda", "Stream", _HostStream, "distributed/distributed_data_parallel.py:230"),
     ("torch.cuda", "Event", _HostStream, "transformer/moe/token_dispatcher.py records events"),
-    ("torch.cuda", "stream", _stream, "distributed/param_and_grad_buffer.py:417"),
-    ("torch.cuda", "current_stream", _stream, "tensor_parallel/layers.py waits for it"),
-    ("torch.cuda", "default_stream", _stream, "distributed/param_and_grad_buffer.py:422"),
-    ("torch.cuda.nvtx", "range_push", _nothing, "utils.py:2186"),
-    ("torch.cuda.nvtx", "range_pop", _nothing, "utils.py:2215"),
+    ("torch.cuda", "stream", _stream(), "distributed/param_and_grad_buffer.py:417"),
+    ("torch.cuda", "current_stream", _stream(), "tensor_parallel/layers.py waits for it"),
+    ("torch.cuda", "default_stream", _stream(), "distributed/param_and_grad_buffer.py:422"),
+    ("torch.cuda.nvtx", "range_push", _nothing(), "utils.py:2186"),
+    ("torch.cuda.nvtx", "range_pop", _nothing(), "utils.py:2215"),
     (
         "megatron.core.tensor_parallel.random",
         "_get_cuda_rng_state",
@@ -115,13 +117,18 @@ def enable() -> None:
         raise RuntimeError(
             "CUDA is already in use by this process; enable the host ranks before any CUDA tensor is made"
         )
+    # All is imported before anything is replaced: modules that look at torch.cuda find it as it is.
+    replacements = [(importlib.import_module(module), name, value) for module, name, value, _ in REPLACEMENTS]
+    replacements += _optimizer_patches()
     mode = _HostMode()
     mode.__enter__()
     _restore.append(lambda: mode.__exit__(None, None, None))
-    for module, name, value, _ in REPLACEMENTS:
-        _replace(importlib.import_module(module), name, value)
-    for owner, name, value in _optimizer_patches():
-        _replace(owner, name, value)
+    try:
+        for owner, name, value in replacements:
+            _replace(owner, name, value)
+    except BaseException:
+        disable()
+        raise
 
 
 def disable() -> None:

@@ -31,10 +31,10 @@ def largest_difference(
     codes_BST = torch.stack(rows, dim=1)
     text_BTV, audio_BQTV = model.eval()(codes_BST)
     runtime = lm(codes_BST)
-    differences = [(text_BTV - runtime.text_logits[:, 0].float()).abs().max()]
-    for codebook, delay in enumerate(streams.delays[1 : 1 + streams.num_codebooks]):
+    ours = [text_BTV, *audio_BQTV.unbind(1)]
+    theirs = [runtime.text_logits[:, 0], *runtime.logits.unbind(1)]
+    differences = []
+    for mine, other, delay in zip(ours, theirs, streams.delays[: len(ours)], strict=True):
         # Position t of ours is the prediction of frame t - delay; the runtime has moved it there.
-        known = num_frames - delay
-        ours, theirs = audio_BQTV[:, codebook, delay:], runtime.logits[:, codebook, :known].float()
-        differences.append((ours - theirs).abs().max())
+        differences.append((mine[:, delay:] - other[:, : num_frames - delay].float()).abs().max())
     return float(torch.stack(differences).max())

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[Iterable], Iterable]
 BATCH = 60
-PATIENCE_FRAMES = 15
+PATIENCE_FRAMES = 8
 """Frames that a speaking model gets beyond the length of the reference."""
 
 
