@@ -27,8 +27,11 @@ check: $(VENV)/.ready ## ruff and the house rules
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest tests/unit/test_house.py
 
+gpu: ## what needs a GPU: tests now, benchmarks as they come (in the environment that has CUDA, not .venv)
+	$(PYTHON) -m pytest -m gpu tests/gpu
+
 clean: ## remove what the quickstart made, not .venv
 	rm -rf runs/quickstart
 
-.PHONY: help venv quickstart test check clean
+.PHONY: help venv quickstart test check gpu clean
 .DEFAULT_GOAL := help

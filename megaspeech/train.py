@@ -8,12 +8,16 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import traceback
 import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from megaspeech.config import Config
+
+
+SECONDS_FOR_RANK_0 = 30
 
 
 def main(arguments: list[str]) -> int:
@@ -29,6 +33,8 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:  # every rank reads the same file and finds the same faults
         if os.environ.get("RANK", "0") == "0":
             print(f"megaspeech.train: {error}", file=sys.stderr, flush=True)
+        else:  # torchrun ends all ranks when the first one exits: leave that to the one that has said why
+            time.sleep(SECONDS_FOR_RANK_0)
         return 2
     return _train(config)
 

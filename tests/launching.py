@@ -22,10 +22,16 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def train(config: Path, *overrides: str, ranks: int = 1) -> subprocess.CompletedProcess:
-    """Train to the end and hand back exit status, stdout and stderr."""
+def train(
+    config: Path, *overrides: str, ranks: int = 1, variables: dict[str, str] | None = None
+) -> subprocess.CompletedProcess:
+    """Train to the end, with environment `variables` set, and hand back exit status, stdout and stderr."""
     return subprocess.run(
-        command(config, *overrides, ranks=ranks), env=environment(), capture_output=True, text=True, timeout=TIMEOUT
+        command(config, *overrides, ranks=ranks),
+        env={**environment(), **(variables or {})},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
     )
 
 

@@ -1,7 +1,7 @@
 """Checkpoints on disk: written aside, renamed when whole, `latest` moved last, the oldest removed.
 
 checkpoints/
-  latest              the name of the newest whole checkpoint
+  latest              the name of the newest checkpoint, or of an older one to go back to
   step_00000200/      megatron-core's torch_dist format, and config.toml, the resolved run
   step_00000400.part  being written, or left by a killed run: never read, and overwritten
 """
@@ -16,9 +16,10 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
+from megaspeech.checkpoint.damage import CONFIG, find_damage
 from megaspeech.config import Config, read_config, write_config
 
-LATEST, CONFIG = "latest", "config.toml"
+LATEST = "latest"
 SHAPE_SECTIONS = ("streams", "temporal", "depth")
 
 
@@ -29,19 +30,47 @@ class CheckpointStore:
         self.directory, self.config = Path(directory), config
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint, or None. Raises ValueError when `latest` names one that is gone."""
-        pointer = self.directory / LATEST
-        if not pointer.is_file():
-            return None
-        path = self.directory / pointer.read_text(encoding="utf-8").strip()
-        if not (path / CONFIG).is_file():
+        """The newest whole checkpoint, see `search`."""
+        return self.search()[0]
+
+    def search(self) -> tuple[Path | None, list[str]]:
+        """(the newest whole checkpoint, None where there is none; a line for each damaged one that was passed over).
+
+        Not newer than the one that `latest` names. In a launch all ranks call this, and get what the first one found.
+
+        Raises:
+            ValueError: there are checkpoints, but no whole one.
+        """
+        found = [self._search() if not dist.is_initialized() or dist.get_rank() == 0 else None]
+        if dist.is_initialized():
+            dist.broadcast_object_list(found)
+        path, damaged = found[0]
+        if path is None and damaged:
             raise ValueError(
-                f"{pointer} names {path}, which is not there; write the name of another checkpoint into it"
+                f"{self.directory} holds no whole checkpoint: {'; '.join(damaged)}; "
+                f"put one back, or remove the folder to start anew"
             )
-        return path
+        return path, damaged
+
+    def _search(self) -> tuple[Path | None, list[str]]:
+        damaged = []
+        for path in self._candidates():
+            damage = find_damage(path)
+            if damage is None:
+                return path, damaged
+            damaged.append(f"{path}: {damage}")
+        return None, damaged
+
+    def _candidates(self) -> list[Path]:
+        """The checkpoint that `latest` names, though it be gone, then those before it; without `latest`, all."""
+        pointer, there = self.directory / LATEST, self._finished()
+        if pointer.is_file():
+            named = self.directory / pointer.read_text(encoding="utf-8").strip()
+            there = [named, *(path for path in there if path.name < named.name)]
+        return there
 
     def latest_step(self) -> int:
-        """The step of the newest whole checkpoint, 0 without one."""
+        """The step of `latest()`, 0 without one."""
         path = self.latest()
         return int(path.name.removeprefix("step_")) if path else 0
 
@@ -59,7 +88,7 @@ class CheckpointStore:
             shutil.rmtree(path, ignore_errors=True)
             os.replace(aside, path)
             self._point_to(path)
-            self._remove_old()
+            self._remove_before(path)
         dist.barrier()
         return path
 
@@ -68,9 +97,14 @@ class CheckpointStore:
         aside.write_text(path.name + "\n", encoding="utf-8")
         os.replace(aside, self.directory / LATEST)
 
-    def _remove_old(self) -> None:
-        whole = sorted(path for path in self.directory.glob("step_*") if path.suffix != ".part")
-        for path in whole[: -self.config.checkpoint.keep_last]:
+    def _finished(self) -> list[Path]:
+        """Checkpoints that were written to the end, newest first."""
+        return sorted((path for path in self.directory.glob("step_*") if path.suffix != ".part"), reverse=True)
+
+    def _remove_before(self, newest: Path) -> None:
+        """Newer ones, of a course that the run went back from, do not count."""
+        older = [path for path in self._finished() if path.name < newest.name]
+        for path in older[self.config.checkpoint.keep_last - 1 :]:
             shutil.rmtree(path)
 
 

@@ -71,7 +71,8 @@ def _apply_override(tables: dict[str, Any], override: str, faults: list[str]) ->
     name, nested, _ = field.partition(".")
     if nested:
         faults.append(
-            f"{key}: overrides are section.field=value, with one dot; a table is written whole, {section}.{name}={{...}}"
+            f"{key}: overrides are section.field=value, with one dot; "
+            f"a whole table is written {section}.{name}={{key = value, ...}}"
         )
         return
     try:

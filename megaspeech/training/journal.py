@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,23 @@ from megaspeech.training.metrics import StreamMetrics
 
 
 class Journal:
-    """The records of a run; on every rank but the main one its methods do nothing."""
+    """The records of a run, from `resume` to `close`; on every rank but the main one its methods do nothing."""
 
     def __init__(self, config: Config, *, is_main: bool, frame_rate: float) -> None:
         self.config, self.is_main, self.frame_rate = config, is_main, frame_rate
-        directory = Path(config.run.directory)
         self._writer = None
-        if is_main:
-            directory.mkdir(parents=True, exist_ok=True)
-            self._jsonl = (directory / "metrics.jsonl").open("a", encoding="utf-8")
-            if config.logging.tensorboard:
-                self._writer = SummaryWriter(str(directory / "tensorboard"), flush_secs=10)
+
+    def resume(self, step: int) -> None:
+        """Go on after `step`: records of later steps, which the run is about to do again, are dropped."""
+        if not self.is_main:
+            return
+        directory = Path(self.config.run.directory)
+        path = directory / "metrics.jsonl"
+        if path.is_file():
+            _drop_after(path, step)
+        self._jsonl = path.open("a", encoding="utf-8")
+        if self.config.logging.tensorboard:
+            self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1, flush_secs=10)
 
     def say(self, text: str) -> None:
         """A line for the human at the console."""
@@ -82,6 +89,14 @@ class Journal:
         if self._writer:
             for key, value in values.items():
                 self._writer.add_scalar(f"{kind}/{key}", value, step)
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Keep the records up to `step`, written aside and renamed; a last line that a kill cut short is dropped too."""
+    aside = path.with_suffix(".part")
+    with path.open(encoding="utf-8") as lines, aside.open("w", encoding="utf-8") as kept:
+        kept.writelines(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
+    os.replace(aside, path)
 
 
 def _flat(metrics: StreamMetrics) -> dict[str, float]:

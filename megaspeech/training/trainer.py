@@ -12,6 +12,8 @@ from megaspeech.checkpoint import state, store
 from megaspeech.codecs.registry import load_codec
 from megaspeech.config import Config, write_config
 from megaspeech.data.mixture import Batch, TrainBatches, valid_batches
+from megaspeech.data.shards import check_origins
+from megaspeech.data.tokenizer import Tokenizer
 from megaspeech.model.counting import count_flops, count_parameters
 from megaspeech.model.initialisation import initialise_from_codebooks
 from megaspeech.model.speech_text_model import SpeechTextModel
@@ -38,6 +40,7 @@ class Trainer:
         self.batches = TrainBatches(config, dp_rank=grid.dp_rank, dp_size=grid.dp_size)
         self.valid = valid_batches(config, dp_rank=grid.dp_rank, dp_size=grid.dp_size)
         self.codec = load_codec(config.codec.path) if config.codec.path else None
+        self._check_shards()
         self.wrapped = wrap(config, build=self._build, initialise=self._initialise)
         self.device = next(self.wrapped.model.parameters()).device
         self.store = store.CheckpointStore(Path(config.run.directory) / "checkpoints", config=config)
@@ -45,6 +48,7 @@ class Trainer:
         self.journal = Journal(config, is_main=grid.is_main, frame_rate=header.frame_rate)
         self.step = 0
         if grid.is_main:
+            Path(config.run.directory).mkdir(parents=True, exist_ok=True)
             write_config(config, Path(config.run.directory) / "config.toml")
 
     def run(self) -> None:
@@ -129,6 +133,17 @@ class Trainer:
             return None
         return reduce_metrics(reports, totals=totals, streams=self.config.streams)
 
+    def _check_shards(self) -> None:
+        """Refuse shards of another codec or tokenizer than the run's, or of several."""
+        data, tokenizer = self.config.data, Path(self.config.data.tokenizer)
+        check_origins(
+            [Path(data.directory) / split / name for split in ("train", "valid") for name in data.mixture],
+            codec=(f"codec.path = {self.config.codec.path}", self.codec.fingerprint) if self.codec else None,
+            tokenizer=(f"data.tokenizer = {tokenizer}", Tokenizer.load(tokenizer).fingerprint)
+            if tokenizer.is_file()
+            else None,
+        )
+
     def _build(self) -> SpeechTextModel:
         return SpeechTextModel(self.config, pre_process=self.grid.is_first_stage, post_process=self.grid.is_last_stage)
 
@@ -142,7 +157,10 @@ class Trainer:
         return state.run_state(self.wrapped, step=self.step, distributed_optimizer=distributed, is_loading=is_loading)
 
     def _resume(self) -> None:
-        latest, seed = self.store.latest(), self.config.checkpoint.seed_checkpoint
+        seed = self.config.checkpoint.seed_checkpoint
+        latest, damaged = self.store.search()
+        for line in damaged:
+            self.journal.say(f"skipping a damaged checkpoint, {line}")
         if latest is not None:
             loaded = store.load(latest, self._state(is_loading=True), config=self.config)
             self.step = state.load_run_state(self.wrapped, loaded)
@@ -152,6 +170,7 @@ class Trainer:
             wanted = state.model_state(self.wrapped, distributed_optimizer=distributed)
             state.load_model_state(self.wrapped, store.load(seed, wanted, config=self.config))
             self.journal.say(f"starting from the weights of {seed}")
+        self.journal.resume(self.step)
 
     def _announce(self) -> None:
         parallel, parameters = self.config.parallel, count_parameters(self.config)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from launching import TIMEOUT, command, curve, environment, train
 from synthetic import write_synthetic_shards
 
+from megaspeech.checkpoint.damage import find_damage
+from megaspeech.checkpoint.store import CheckpointStore
 from megaspeech.config import read_config
+from megaspeech.data.tokenizer import train_tokenizer
 
 STEPS = 20
 KILL_AFTER = 7
@@ -149,6 +156,8 @@ def test_killed_run_goes_on(home: Path, single: Path) -> None:
         _kill_all(process)
     before = curve(run)
     assert KILL_AFTER <= len(before) < STEPS
+    with metrics.open("a", encoding="utf-8") as file:
+        file.write('{"kind": "train", "st')  # cut short by the kill
     # What a kill in the middle of a save leaves behind, newer than every whole checkpoint.
     torn = run / "checkpoints" / f"step_{STEPS - 1:08d}.part"
     torn.mkdir()
@@ -156,18 +165,24 @@ def test_killed_run_goes_on(home: Path, single: Path) -> None:
 
     finished = subprocess.run([*arguments, seed], env=environment(), capture_output=True, text=True, timeout=TIMEOUT)
     assert finished.returncode == 0, finished.stderr
-    after = curve(run)[len(before) :]
-    first = after[0]["step"]
-    assert (
-        f"going on at step {first - 1} from" in finished.stdout and "starting from the weights" not in finished.stdout
-    )
-    assert first - 1 in range(SAVE_INTERVAL, len(before) + 1, SAVE_INTERVAL)
-    assert [record["step"] for record in after] == list(range(first, STEPS + 1))
-    _assert_same_course(after, single, tolerance=1e-6)
+    (resumed,) = map(int, re.findall(r"going on at step (\d+) from", finished.stdout))
+    assert resumed in range(SAVE_INTERVAL, len(before) + 1, SAVE_INTERVAL)
+    assert "starting from the weights" not in finished.stdout
+    _assert_every_step_once(run)
+    _assert_same_course(curve(run), single, tolerance=1e-6)
     _assert_same_course(before, single, tolerance=1e-6)
     kept = sorted(path.name for path in (run / "checkpoints").glob("step_*"))
     assert kept == ["step_00000015", f"step_{STEPS - 1:08d}.part", "step_00000020"]
     assert (run / "checkpoints" / "latest").read_text().strip() == "step_00000020"
+
+
+def _assert_every_step_once(run: Path) -> None:
+    """No record twice, though steps after the last checkpoint were done twice."""
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    steps = [(record["kind"], record["step"]) for record in records]
+    expected = [("train", step) for step in range(1, STEPS + 1)]
+    expected += [(kind, step) for kind in ("valid/asr-en", "valid/tts-en") for step in (10, 20)]
+    assert sorted(steps) == expected
 
 
 def _assert_same_course(records: list[dict], reference: Path, *, tolerance: float) -> None:
@@ -222,9 +237,80 @@ def test_seed_checkpoint_that_is_not_there(home: Path, single: Path) -> None:
     _assert_one_message(finished, "there is no checkpoint at nowhere/step_00000000")
 
 
-# CodecSection says that the trainer refuses shards written with another codec; nothing compares the fingerprints
-# (nor the tokenizer's). The synthetic shards are of a codec "synthetic", fingerprint "none".
-# def test_shards_of_another_codec_are_refused(home: Path) -> None:
-#     SpectralCodec.fit([voice], config=SpectralConfig(num_codebooks=4, cardinality=32)).save(home / "codec")
-#     finished = train(*_arguments(home, run="foreign"), f"codec.path={home}/codec")
-#     _assert_one_message(finished, "codec", "asr-en")
+def test_shards_of_another_codec_are_refused(home: Path) -> None:
+    pytest.importorskip("faiss")
+    from megaspeech.codecs import SpectralCodec, SpectralConfig
+
+    noise = np.random.default_rng(0).normal(0, 0.1, (2, 64_000)).astype(np.float32)
+    codec = SpectralCodec.fit(noise, config=SpectralConfig(num_codebooks=4, cardinality=32, latent_dim=24))
+    codec.save(home / "codec")
+    finished = train(*_arguments(home, run="foreign"), f"codec.path={home}/codec", ranks=2)
+    named = f"its codec_fingerprint is none, that of codec.path = {home}/codec is {codec.fingerprint}"
+    _assert_one_message(finished, f"shard {home}/shards/train/asr-en", named)
+
+
+def test_shards_of_another_tokenizer_are_refused(home: Path) -> None:
+    tokenizer = train_tokenizer(["zero one two three four five six seven"], vocabulary_size=48)
+    (home / "tokenizer.model").write_bytes(tokenizer.model)
+    finished = train(*_arguments(home, run="foreign"), f"data.tokenizer={home}/tokenizer.model")
+    _assert_one_message(finished, "train/asr-en", "its tokenizer_fingerprint is none", tokenizer.fingerprint)
+
+
+def test_damaged_checkpoint_is_named_and_the_one_before_it_used(home: Path, single: Path) -> None:
+    run = home / "damaged"
+    seed = f"checkpoint.seed_checkpoint={single}/checkpoints/step_00000000"
+    first = train(*_arguments(home, run="damaged"), seed, "training.exit_step=10")
+    assert first.returncode == 0, first.stderr
+    newest = run / "checkpoints" / "step_00000010"
+    _shorten(max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size))
+
+    second = train(*_arguments(home, run="damaged"), seed, ranks=2)
+    assert second.returncode == 0, second.stderr
+    assert re.search(rf"skipping a damaged checkpoint, {newest}: __0_\d.distcp has [\d,]+ bytes of", second.stdout)
+    assert "going on at step 5 from" in second.stdout and "starting from the weights" not in second.stdout
+    _assert_every_step_once(run)
+    _assert_same_course(curve(run), single, tolerance=1e-5)
+    kept = sorted(path.name for path in (run / "checkpoints").glob("step_*"))
+    assert kept == ["step_00000015", "step_00000020"] and find_damage(run / "checkpoints" / kept[0]) is None
+
+
+def _shorten(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    "name, harm, damage",
+    [
+        ("config.toml", os.remove, "config.toml is missing"),
+        ("config.toml", _shorten, "config.toml is unreadable"),
+        (".metadata", os.remove, ".metadata is missing"),
+        (".metadata", _shorten, ".metadata is unreadable"),
+        ("metadata.json", _shorten, "metadata.json is unreadable"),
+        ("common.pt", _shorten, "common.pt is unreadable"),
+        ("__0_0.distcp", os.remove, "__0_0.distcp is missing"),
+        ("__0_1.distcp", _shorten, "__0_1.distcp has"),
+    ],
+)
+def test_damage_is_found(single: Path, tmp_path: Path, name: str, harm: Callable[[Path], None], damage: str) -> None:
+    for step in ("step_00000015", "step_00000020"):
+        shutil.copytree(single / "checkpoints" / step, tmp_path / step)
+    (tmp_path / "latest").write_text("step_00000020\n")
+    store = CheckpointStore(tmp_path, config=read_config(single / "config.toml"))
+    assert store.search() == (tmp_path / "step_00000020", []) and store.latest_step() == 20
+    harm(tmp_path / "step_00000020" / name)
+    path, (line,) = store.search()
+    assert path == tmp_path / "step_00000015" and line.startswith(f"{tmp_path}/step_00000020: {damage}")
+    shutil.rmtree(tmp_path / "step_00000015")
+    with pytest.raises(ValueError, match=r"holds no whole checkpoint: .*step_00000020.*start anew"):
+        store.search()
+
+
+def test_latest_may_name_an_older_checkpoint(single: Path, tmp_path: Path) -> None:
+    for step in ("step_00000005", "step_00000010"):
+        shutil.copytree(single / "checkpoints" / step, tmp_path / step)
+    store = CheckpointStore(tmp_path, config=read_config(single / "config.toml"))
+    assert store.latest_step() == 10  # without the file it is the newest
+    (tmp_path / "latest").write_text("step_00000005\n")
+    assert store.latest_step() == 5
+    (tmp_path / "latest").write_text("step_00000015\n")  # removed by hand
+    assert store.search() == (tmp_path / "step_00000010", [f"{tmp_path}/step_00000015: config.toml is missing"])

@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
 from megaspeech.kernels import KERNELS
 from megaspeech.kernels.stream_embedding.reference import delayed_codes, packed_embedding
-from torch import Tensor
 
 REFERENCE = KERNELS["reference"]
 stream_embedding = REFERENCE.stream_embedding.stream_embedding

@@ -86,12 +86,10 @@ def test_flops_of_a_case_computed_by_hand(tmp_path: Path) -> None:
     }
 
 
-# megaspeech.model.counting.count_flops takes (context + 1) / 2 for what a frame sees in a sample longer than the
-# window; that is the mean over the first `context` frames only, all others see `context`.
-# def test_flops_of_a_sample_longer_than_the_window(tmp_path: Path) -> None:
-#     config = make_config(tmp_path)
-#     seen = sum(min(frame + 1, 12) for frame in range(60)) / 60  # 10.9, not 6.5
-#     assert count_flops(config, num_frames=60)["temporal"] == int(2 * 4 * (46_080 + 2 * 64 * seen))
+def test_flops_of_a_sample_longer_than_the_window(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    seen = sum(min(frame + 1, 12) for frame in range(60)) / 60  # 10.9, not 6.5
+    assert count_flops(config, num_frames=60)["temporal"] == int(2 * 4 * (46_080 + 2 * 64 * seen))
 
 
 @pytest.mark.usefixtures("one_rank")

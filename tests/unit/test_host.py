@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -121,18 +123,22 @@ def test_refuses_once_cuda_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not host.enabled() and replaced_names() == before
 
 
-# torch's dynamo lists the torch.cuda functions it knows and finds `_nothing` under several of their names: "Duplicate
-# torch object <function _nothing> with different rules". init_process_group clears that list, so nothing can be
-# compiled on host ranks (megatron-core's jit_fuser is torch.compile). A function of its own for every name would do.
-# def test_torch_can_still_compile() -> None:
-#     with host.host_ranks():
-#         torch._dynamo.trace_rules.clear_lru_cache()  # as torch/distributed/distributed_c10d.py:1785 does
-#         assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item() == 2
+def test_torch_can_still_compile() -> None:
+    """dynamo lists the torch.cuda functions it knows, and refuses one function under two of their names."""
+    with host.host_ranks():
+        torch._dynamo.trace_rules.clear_lru_cache()  # as torch/distributed/distributed_c10d.py:1785 does
+        assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item() == 2
 
 
-# The same in `enable()` itself where megatron-core has not been imported before: importing it under the replaced names
-# fails, and leaves the host half enabled. Importing every module of REPLACEMENTS before replacing anything avoids it;
-# a failure should put back what was done.
-# def test_enable_needs_nothing_imported_before() -> None:
-#     code = "from megaspeech.parallel import host; host.enable(); host.disable()"
-#     subprocess.run([sys.executable, "-c", code], check=True)
+def test_failure_puts_back_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = replaced_names()
+    broken = (*host.REPLACEMENTS, ("torch.cuda", "no_such_name", None, "nothing.py"))
+    with monkeypatch.context() as patch, pytest.raises(AttributeError, match="no_such_name"):
+        patch.setattr(host, "REPLACEMENTS", broken)
+        host.enable()
+    assert not host.enabled() and replaced_names() == before
+
+
+def test_enable_needs_nothing_imported_before() -> None:
+    code = "from megaspeech.parallel import host; host.enable(); host.disable()"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -19,6 +19,7 @@ pytest.importorskip("faiss")
 from megaspeech.codecs import SpectralCodec, SpectralConfig  # noqa: E402
 from megaspeech.config import Config  # noqa: E402
 from megaspeech.data.manifest import Utterance, Word  # noqa: E402
+from megaspeech.data.mixture import ShardSamples  # noqa: E402
 from megaspeech.data.prepare import compose, encode_recordings, prepare_shards  # noqa: E402
 from megaspeech.data.shards import Shard  # noqa: E402
 from megaspeech.data.tasks import Task  # noqa: E402
@@ -83,6 +84,14 @@ def test_what_is_wrong_is_set_aside_and_the_rest_goes_on(
     rows += [utterance(good, task=TTS), target, replace(target, target_audio_path=good)]
     headers = prepare_shards(rows, tmp_path / "out", config=config, codec=codec, tokenizer=tokenizer)
 
+    lines = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
+    lost = [(Path(entry["path"]).name, entry["task"]) for entry in map(json.loads, lines)]
+    assert lost == [
+        ("torn.wav", "asr-en"),
+        ("long.wav", "asr-en"),
+        ("absent.wav", "asr-en"),
+        ("torn.wav", "s2st-ja-en"),
+    ]
     reasons = rejections(tmp_path / "out")
     assert sorted(reasons) == ["absent.wav", "long.wav", "torn.wav"]
     assert "truncated" in reasons["torn.wav"] and "missing" in reasons["absent.wav"]
@@ -97,16 +106,16 @@ def test_what_is_wrong_is_set_aside_and_the_rest_goes_on(
     assert not (tmp_path / "out.part").exists()
 
 
-# megaspeech.data.prepare.prepare_shards adds a too-long sample's recording to `rejected`, and every later sample of
-# the same recording is then dropped without a line of its own; one before it in the manifest is kept.
-# def test_a_sample_that_is_too_long_does_not_take_others_of_its_recording_along(
-#     tmp_path: Path, config: Config, codec: SpectralCodec, tokenizer: Tokenizer
-# ) -> None:
-#     path = record(tmp_path, "shared", seconds=36 * 0.08)  # asr: 38 frames; tts starts 2 frames later and fits too
-#     late = utterance(path, text="three", ends=(36 * 0.08,))  # its text stands beyond frame 40
-#     rows = [late, utterance(path, task=TTS)]
-#     headers = prepare_shards(rows, tmp_path / "out", config=config, codec=codec, tokenizer=tokenizer)
-#     assert list(headers) == ["tts-en"]
+def test_a_sample_that_is_too_long_does_not_take_others_of_its_recording_along(
+    tmp_path: Path, config: Config, codec: SpectralCodec, tokenizer: Tokenizer
+) -> None:
+    path = record(tmp_path, "shared", seconds=36 * 0.08)  # asr: 38 frames; tts starts 2 frames later and fits too
+    late = utterance(path, text="three", ends=(36 * 0.08,))  # its text stands beyond frame 40
+    rows = [late, utterance(path, task=TTS)]
+    headers = prepare_shards(rows, tmp_path / "out", config=config, codec=codec, tokenizer=tokenizer)
+    assert list(headers) == ["tts-en"]
+    (line,) = map(json.loads, (tmp_path / "out" / "rejected.jsonl").read_text().splitlines())
+    assert (line["path"], line["task"]) == (str(path), "asr-en") and "data.num_frames = 40" in line["reason"]
 
 
 def test_samples_hold_the_codes_of_their_recordings(
@@ -195,35 +204,41 @@ def test_no_sample_left_names_the_reasons(
     assert not (tmp_path / "out").exists()
 
 
-# Nothing compares codec and tokenizer with [streams]: a codec of a larger cardinality gives codes that read the rows of
-# the next stream (no error at all), fewer codebooks a numpy broadcasting error, a larger tokenizer ids beyond the head.
-# @pytest.mark.parametrize(
-#     "overrides",
-#     [
-#         ["streams.cardinality=16"],
-#         ["streams.num_codebooks=6", "streams.delays=[0, 0, 1, 1, 1, 1, 1, 0, 1, 1, 1]"],
-#         ["streams.text_cardinality=40"],
-#     ],
-# )
-# def test_codec_and_tokenizer_that_the_streams_do_not_hold_are_refused(
-#     tmp_path: Path, codec: SpectralCodec, tokenizer: Tokenizer, overrides: list[str]
-# ) -> None:
-#     config = make_config(tmp_path, *overrides)
-#     rows = [utterance(record(tmp_path, "x", seconds=1.0))]
-#     with pytest.raises(ValueError, match="streams"):
-#         prepare_shards(rows, tmp_path / "out", config=config, codec=codec, tokenizer=tokenizer)
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["streams.cardinality=16"], ("streams.cardinality = 16", "set streams.cardinality = 32")),
+        (
+            ["streams.num_codebooks=6", "streams.delays=[0, 0, 1, 1, 1, 1, 1, 0, 1, 1, 1]"],
+            ("streams.num_codebooks = 6", "set streams.num_codebooks = 4"),
+        ),
+        (
+            ["streams.num_given_codebooks=5", "streams.delays=[0, 0, 1, 1, 1, 0, 1, 1, 1, 1]"],
+            ("streams.num_given_codebooks = 5", "4 or less"),
+        ),
+        (["streams.text_cardinality=40"], ("streams.text_cardinality = 40", "set streams.text_cardinality = 48")),
+    ],
+)
+def test_codec_and_tokenizer_that_the_streams_do_not_hold_are_refused(
+    tmp_path: Path, codec: SpectralCodec, tokenizer: Tokenizer, overrides: list[str], words: tuple[str, ...]
+) -> None:
+    config = make_config(tmp_path, *overrides)
+    rows = [utterance(record(tmp_path, "x", seconds=1.0))]
+    with pytest.raises(ValueError, match="streams") as caught:
+        prepare_shards(rows, tmp_path / "out", config=config, codec=codec, tokenizer=tokenizer)
+    assert all(word in str(caught.value) for word in words)
 
 
-# The header's `silence` has as many codes as the codec, not as the streams: loss_weights cannot broadcast.
-# def test_a_codec_with_more_codebooks_than_the_streams_take(
-#     tmp_path: Path, codec: SpectralCodec, tokenizer: Tokenizer
-# ) -> None:
-#     """The first codebooks of a residual codec are a codec: the shard can be trained on."""
-#     from megaspeech.data.mixture import ShardSamples
-#
-#     overrides = ["streams.num_codebooks=2", "streams.num_given_codebooks=3", "streams.delays=[0, 0, 1, 0, 1, 1]"]
-#     config = make_config(tmp_path, *overrides)
-#     rows = [utterance(record(tmp_path, "x", seconds=1.0))]
-#     prepare_shards(rows, tmp_path / "out", config=config, codec=codec, tokenizer=tokenizer)
-#     item = ShardSamples(tmp_path / "out" / "asr-en", config=config)[0]
-#     assert item["codes"].shape[0] == 6 and item["weights"].shape[0] == 3
+@pytest.mark.parametrize("given", [0, 3])
+def test_fewer_codebooks_may_be_heard_than_said(
+    tmp_path: Path, codec: SpectralCodec, tokenizer: Tokenizer, given: int
+) -> None:
+    """The first codebooks of a residual codec are a codec: the shard can be trained on."""
+    delays = [0, 0, 1, 1, 1, *[0, 1, 1][:given]]
+    config = make_config(tmp_path, f"streams.num_given_codebooks={given}", f"streams.delays={delays}")
+    path = record(tmp_path, "x", seconds=1.0)
+    prepare_shards([utterance(path)], tmp_path / "out", config=config, codec=codec, tokenizer=tokenizer)
+    item = ShardSamples(tmp_path / "out" / "asr-en", config=config)[0]
+    assert item["codes"].shape[0] == 5 + given and item["weights"].shape[0] == 5
+    codes, _ = encode_recordings([path], codec=codec)
+    assert np.array_equal(item["codes"][5:, 2:15], codes[path][:given])
