@@ -17,7 +17,7 @@ $(VENV)/.ready: constraints.txt pyproject.toml setup.py
 venv: $(VENV)/.ready ## make .venv and install
 
 quickstart: $(VENV)/.ready ## speech -> training -> the moshi runtime -> answers, on any machine; goes on where it was
-	OMP_NUM_THREADS=$$(nproc) $(BIN)/python examples/quickstart/run.py $(ARGS)
+	$(BIN)/python examples/quickstart/run.py $(ARGS)
 
 test: $(VENV)/.ready ## every test
 	$(BIN)/python -m pytest

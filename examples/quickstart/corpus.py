@@ -35,7 +35,6 @@ ANSWER_DELAY = (
 )
 OWN_GAP = 0.12  # s at least between two words of the model's; the judge wants them apart
 ANSWER_GAP = 0.02  # s likewise in an answer, which must keep up with what is heard
-COLOUR_DECIBELS = 4.0
 FRAME = 0.08  # s; the model's words begin on a codec frame
 
 
@@ -100,22 +99,9 @@ def _noise(num_samples: int, *, pink: bool, seed: int) -> np.ndarray:
     return noise[:num_samples] / np.sqrt(np.mean(noise[:num_samples] ** 2))
 
 
-def _coloured(samples: np.ndarray, *, seed: int) -> np.ndarray:
-    """Speech through a smooth random frequency response: three slow waves over the mel scale, of 4 dB each."""
-    rng = np.random.default_rng(seed)
-    length = -(-len(samples) // SAMPLE_RATE) * SAMPLE_RATE
-    mel = np.log1p(np.fft.rfftfreq(length, 1 / SAMPLE_RATE) / 700)
-    waves = [
-        rng.normal(0, COLOUR_DECIBELS) * np.cos(np.pi * (turns * mel / mel[-1] + rng.random() * 2))
-        for turns in (1, 2, 3)
-    ]
-    gain = 10 ** (np.sum(waves, axis=0) / 20)
-    return np.fft.irfft(np.fft.rfft(samples, length) * gain, length)[: len(samples)].astype(np.float32)
-
-
 def _finish(clip: Clip, speech: Speech) -> np.ndarray:
-    """Colour, level and noise of what is heard, float32 `[N]`."""
-    samples = _coloured(speech.samples, seed=clip.noise_seed) if clip.coloured else speech.samples
+    """Level and noise of what is heard, float32 `[N]`."""
+    samples = speech.samples
     if clip.snr is not None:
         rate = SAMPLE_RATE
         power = np.mean(np.concatenate([samples[int(a * rate) : int(b * rate)] for a, b in speech.times]) ** 2)

@@ -136,11 +136,10 @@ def _train(overrides: list[str], *, ranks: int) -> None:
     _command(*launcher[1:], "-m", "megaspeech.train", HERE / "config.toml", *overrides)
 
 
-def _command(*arguments: object, threads: int | None = 1) -> None:
-    # One thread a rank: the threads of several ranks on few cores would spin against each other.
-    subprocess.run(
-        [sys.executable, *map(str, arguments)], check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)}
-    )
+def _command(*arguments: object) -> None:
+    # One thread a process: on few cores the threads of several would spin against each other.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *map(str, arguments)], check=True, env=environment)
 
 
 if __name__ == "__main__":

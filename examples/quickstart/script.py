@@ -63,7 +63,6 @@ class CorpusSettings:
         test_heard, test_own_en, test_own_ja, test_pairs: test strings.
         noisy: share of heard training clips with noise.
         snr_low, snr_high: dB, range of the noise.
-        coloured: share of the training clips heard whose frequency response is bent at random.
         tract_spread: espeak-ng's training voices have their resonances moved by up to this factor either way.
         longest, longest_speaking: seconds, of what is only heard, and of what the model says.
         processes: that share the work. espeak-ng's samples depend on it in the last digits.
@@ -81,8 +80,7 @@ class CorpusSettings:
     noisy: float = 0.4
     snr_low: float = 10.0
     snr_high: float = 30.0
-    coloured: float = 0.6
-    tract_spread: float = 0.12
+    tract_spread: float = 0.15
     longest: float = 3.9
     longest_speaking: float = 4.8
     processes: int = 2
@@ -99,8 +97,7 @@ class Clip:
         peak_db: level of the loudest sample, dB of full scale.
         snr: dB of speech over noise while words sound; None for none.
         pink: pink noise rather than white.
-        noise_seed: of the noise's samples, and of the colour's curve.
-        coloured: heard through a microphone and a room of some frequency response.
+        noise_seed: of the noise's samples.
         longest: seconds; a clip that comes out longer is spoken faster.
     """
 
@@ -119,7 +116,6 @@ class Clip:
     snr: float | None
     pink: bool
     noise_seed: int
-    coloured: bool
     longest: float
 
 
@@ -185,7 +181,6 @@ def _draw_clip(rng: np.random.Generator, digits: str, *, name: str, kind: str, s
         snr=float(rng.uniform(settings.snr_low, settings.snr_high)) if noisy else None,
         pink=bool(rng.random() < 0.5),
         noise_seed=int(rng.integers(1 << 31)),
-        coloured=split == "train" and not own and bool(rng.random() < settings.coloured),
         longest=settings.longest if kind == "heard" else settings.longest_speaking,
     )
 

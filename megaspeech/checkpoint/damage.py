@@ -33,7 +33,7 @@ def find_damage(path: str | Path) -> str | None:
         checked = INDEX_FILE
         sizes = _data_files(path)
     except Exception as error:  # what unpickling torn bytes raises is anyone's guess
-        return f"{checked} is unreadable ({error})"
+        return f"{checked} is unreadable ({' '.join(str(error).split())})"
     return _damaged_data_file(path, sizes)
 
 

@@ -70,7 +70,7 @@ class ShardSamples(torch.utils.data.Dataset):
 
     def sample(self, index: int, *, generator: np.random.Generator) -> dict[str, np.ndarray]:
         """Sample `index` of the shard and its loss weights."""
-        codes_ST = self.shard[index].copy()
+        codes_ST = self.shard[index]
         weights_PT = loss_weights(
             codes_ST,
             header=self.shard.header,

@@ -15,6 +15,11 @@ from megaspeech.model.embedding import table_offsets
 from megaspeech.model.speech_text_model import SpeechTextModel
 
 
+TEXT_SCALE = 0.5
+"""Standard deviation of the text rows' elements. The audio of a frame sums to 1; drawn as usual, with 1 / sqrt(width),
+text would be a sixteenth of that at a width of 256, and prompts and words be hardly noticed at first."""
+
+
 @torch.no_grad()
 def initialise_from_codebooks(
     model: SpeechTextModel, vectors_QVE: Tensor, *, streams: StreamsSection, seed: int
@@ -28,17 +33,26 @@ def initialise_from_codebooks(
         seed: of the random projections.
     """
     rows_QVE = _normalised(vectors_QVE)
+    text_rows = streams.text_cardinality + 1
     if model.pre_process:
         table = model.embedding.table
+        mine = max(0, min(text_rows - table.vocab_start_index, table.weight.shape[0]))
+        _rescale(table.weight[:mine], TEXT_SCALE)
         projected = _project(rows_QVE, table.weight.shape[1], seed=seed)
         for stream, first_row in enumerate(table_offsets(streams.cardinalities)[1:]):
             codebook = stream % streams.num_codebooks
             _fill(table.weight, projected[codebook], first_row=first_row - table.vocab_start_index)
     if model.post_process:
         depth = model.depth
+        _rescale(depth.embedding[:text_rows], TEXT_SCALE)
         projected = _project(rows_QVE, depth.embedding.shape[1], seed=seed + 1)
         for codebook, first_row in enumerate(depth.offsets[1:].tolist()):
             _fill(depth.embedding, projected[codebook], first_row=first_row)
+
+
+def _rescale(rows_RH: Tensor, scale: float) -> None:
+    """Bring rows drawn with standard deviation 1 / sqrt(width) to `scale`, in place."""
+    rows_RH.mul_(scale * rows_RH.shape[1] ** 0.5)
 
 
 def _normalised(vectors_QVE: Tensor) -> Tensor:
