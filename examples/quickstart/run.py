@@ -101,9 +101,7 @@ def _run(config, directory: Path, overrides: list[str], *, settings: list[str]) 
     manifests = (corpus / "train.jsonl", corpus / "valid.jsonl")
     stages.run(
         "codec, tokenizer and shards",
-        lambda: _command(
-            TOOLS / "prepare_data.py", HERE / "config.toml", *manifests, *overrides, threads=os.cpu_count()
-        ),
+        lambda: _command(TOOLS / "prepare_data.py", HERE / "config.toml", *manifests, *overrides),
         done=(Path(config.data.directory) / "valid").is_dir(),
     )
     store = CheckpointStore(Path(config.run.directory) / "checkpoints", config=config)
