@@ -22,7 +22,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 TOOLS = HERE.parents[1] / "tools"
-PIPELINED_STEPS = 40
+PIPELINED_STEPS = 25
 LAYOUTS = (
     (
         "tensor 2 x pipeline 2 with sequence parallelism",

@@ -69,7 +69,7 @@ class CorpusSettings:
     """
 
     seed: int = 0
-    heard: int = 2500
+    heard: int = 3500
     own: int = 700
     pairs: int = 1200
     valid: int = 24
@@ -80,7 +80,7 @@ class CorpusSettings:
     noisy: float = 0.4
     snr_low: float = 10.0
     snr_high: float = 30.0
-    tract_spread: float = 0.15
+    tract_spread: float = 0.12
     longest: float = 3.9
     longest_speaking: float = 4.8
     processes: int = 2

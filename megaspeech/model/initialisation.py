@@ -14,7 +14,7 @@ from megaspeech.config.schema import StreamsSection
 from megaspeech.model.embedding import table_offsets
 from megaspeech.model.speech_text_model import SpeechTextModel
 
-TEXT_SCALE = 0.5
+TEXT_SCALE = 0.2
 """Standard deviation of the text rows' elements. The audio of a frame sums to 1; drawn as usual, with 1 / sqrt(width),
 text would be a sixteenth of that at a width of 256, and prompts and words be hardly noticed at first."""
 

@@ -9,6 +9,7 @@ import torch
 from one_rank import make_config, one_rank  # noqa: F401
 
 from megaspeech.model.embedding import table_offsets
+from megaspeech.model.initialisation import TEXT_SCALE
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 WIDTH = 10
@@ -52,11 +53,11 @@ def test_the_sum_of_a_frame_has_variance_one(initialised) -> None:
     assert total.var(0).mean().item() == pytest.approx(1.0, rel=0.3)
 
 
-def test_text_is_as_loud_and_initial_tokens_are_left(initialised) -> None:
+def test_text_is_heard_beside_audio_and_initial_tokens_are_left(initialised) -> None:
     model, streams, _ = initialised
     for table in (model.embedding.table.weight, model.depth.embedding):
         text = _rows(table, 0, streams.text_cardinality + 1)
-        assert text.std().item() == pytest.approx(0.5, rel=0.15)
+        assert text.std().item() == pytest.approx(TEXT_SCALE, rel=0.15)
     first = table_offsets(streams.cardinalities)[1]
     initial = model.embedding.table.weight.detach()[first + streams.cardinality]
     assert initial.std().item() == pytest.approx(model.config.hidden_size**-0.5, rel=0.4)
