@@ -127,13 +127,11 @@ def compose(
 ) -> np.ndarray:
     """The sample `[S, T]` of one manifest line, from the codes `[Q, T]` of its recordings."""
     task, timing = utterance.task, timing_of(config)
-    words = [
-        (
-            timing.text_frame(task, start=word.start, end=word.end, frame_rate=codec.frame_rate),
-            tokenizer.encode_word(word.word),
-        )
-        for word in utterance.words
+    frames = [
+        timing.text_frame(task, start=word.start, end=word.end, frame_rate=codec.frame_rate) for word in utterance.words
     ]
+    pieces = tokenizer.encode_words([word.word for word in utterance.words], told=not task.hears)
+    words = list(zip(frames, pieces, strict=True))
     # One frame of PAD after the last word, so that a model learns to fall silent.
     length = words[-1][0] + len(words[-1][1]) + 1
     text = text_stream(words, prompt=tokenizer.encode_prompt(task), num_frames=length, streams=config.streams)

@@ -5,7 +5,8 @@ heard audio starts (`asr`, `st`, `s2st`). The text stream follows Moshi's inner 
 3.4.4): PAD everywhere, EPAD in the frame before a word, the word's pieces from its own frame on. Where a word stands:
 
 - `asr`, `st`: `task_delay` frames after the frame in which the heard word ends, so that a word is written once heard;
-- `tts`, `s2st`: `speech_lead` frames before the frame in which the model starts to say it.
+- `tts`, `s2st`: `speech_lead` frames before the frame in which the model starts to say it. What `tts` is told to say
+  ends with end of sentence, right after the last word.
 
 Axes: Q codebooks, S streams (text, the model's own codebooks, the heard codebooks), T frames.
 """

@@ -52,6 +52,17 @@ class Tokenizer:
         """Piece ids of one word, its leading space mark included."""
         return self.processor.encode(word)
 
+    def encode_words(self, words: Sequence[str], *, told: bool) -> list[list[int]]:
+        """Piece ids of each word of a sample.
+
+        Where the model is told what to say, end of sentence follows the last word's pieces: whether one more word
+        comes cannot be guessed, and a model that has to would fall silent too early, or wait for more.
+        """
+        pieces = [self.encode_word(word) for word in words]
+        if told and pieces:
+            pieces[-1] = [*pieces[-1], self.processor.eos_id()]
+        return pieces
+
     def encode_prompt(self, task: Task) -> list[int]:
         """Piece ids of the task's prompt, one a frame."""
         return self.processor.piece_to_id(list(task.prompt))

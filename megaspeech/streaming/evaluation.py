@@ -107,13 +107,13 @@ class Evaluator:
             yield Evaluated(utterance, one, answer_words(one, tokenizer=self.tokenizer), waveform)
 
     def _request(self, utterance: Utterance, codes: Mapping[Path, np.ndarray]) -> Request:
-        task = utterance.task
+        task, written = utterance.task, [word.word for word in utterance.words]
         reference = compose(utterance, codes, config=self.config, codec=self.codec, tokenizer=self.tokenizer)
         return Request(
             task,
             num_frames=reference.shape[1] + (PATIENCE_FRAMES if task.speaks else self.timing.task_delay),
             heard=codes[utterance.audio_path] if task.hears else None,
-            words=None if task.hears else tuple(tuple(self.tokenizer.encode_word(w.word)) for w in utterance.words),
+            words=None if task.hears else tuple(map(tuple, self.tokenizer.encode_words(written, told=True))),
         )
 
     def _decode(self, codes_QT: np.ndarray) -> np.ndarray:

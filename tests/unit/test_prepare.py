@@ -141,6 +141,11 @@ def test_samples_hold_the_codes_of_their_recordings(
     spoken_ST = compose(replace(row, task=TTS), codes, config=config, codec=codec, tokenizer=tokenizer)
     origin = 2 + 1 + config.data.speech_lead
     assert np.array_equal(spoken_ST[1:5, origin : origin + 13], expected) and (spoken_ST[5:] == -1).all()
+    end = tokenizer.processor.eos_id()
+    (place,) = np.flatnonzero(spoken_ST[0] == end)
+    last = tokenizer.encode_word("seven")
+    assert spoken_ST[0, place - len(last) : place].tolist() == last  # what is told says where it ends,
+    assert end not in sample_ST[0]  # what is heard does not
 
 
 def test_batching_changes_no_code(tmp_path: Path, codec: SpectralCodec) -> None:
