@@ -27,6 +27,10 @@ def main(arguments: list[str]) -> int:
         return 2 if not arguments else 0
     _silence_known_warnings()
     from megaspeech.config import read_config
+    from megaspeech.parallel.lifeline import end_with_parent
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun, which would leave it behind when killed
+        end_with_parent()
 
     try:
         config = read_config(arguments[0], arguments[1:], world_size=int(os.environ.get("WORLD_SIZE", "1")))

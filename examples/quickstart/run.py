@@ -135,9 +135,11 @@ def _train(overrides: list[str], *, ranks: int) -> None:
 
 
 def _command(*arguments: object) -> None:
+    from megaspeech.parallel.lifeline import end_with_parent
+
     # One thread a process: on few cores the threads of several would spin against each other.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *map(str, arguments)], check=True, env=environment)
+    subprocess.run([sys.executable, *map(str, arguments)], check=True, env=environment, preexec_fn=end_with_parent)
 
 
 if __name__ == "__main__":
