@@ -54,13 +54,14 @@ def _fit_codec(config, utterances) -> None:
 
     from megaspeech.codecs.spectral import SpectralCodec, SpectralConfig
     from megaspeech.data.decode import Rejection, decode_files
+    from megaspeech.data.prepare import recordings_of
 
     if config.codec.name != SpectralCodec.name:
         raise ValueError(
             f"codec.path: there is no codec in {config.codec.path!r}, and {config.codec.name!r} is not fitted"
         )
     sizes = SpectralConfig(num_codebooks=config.streams.num_codebooks, cardinality=config.streams.cardinality)
-    recordings = list(dict.fromkeys(path for utterance in utterances for path in utterance.recordings))
+    recordings = recordings_of(utterances)
     chosen = np.random.default_rng(config.run.seed).permutation(len(recordings))[:FIT_RECORDINGS]
     decoded = decode_files([recordings[index] for index in chosen], sample_rate=sizes.sample_rate)
     results = [result for _, result in tqdm(decoded, "decoded by DALI", len(chosen))]

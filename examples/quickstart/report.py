@@ -19,7 +19,7 @@ from tqdm import tqdm
 from megaspeech.codecs.registry import load_codec
 from megaspeech.config import Config
 from megaspeech.data.manifest import Utterance, read_manifest
-from megaspeech.data.prepare import encode_recordings
+from megaspeech.data.prepare import encode_recordings, recordings_of
 from megaspeech.data.tokenizer import Tokenizer
 from megaspeech.model.counting import count_parameters
 from megaspeech.streaming.evaluation import Evaluated, Evaluator
@@ -33,7 +33,6 @@ AIMS = {
     "st_en_ja_wer": 0.10,
 }
 LATENCY_UTTERANCES = 8
-FRAME_MS = 80
 
 
 def evaluate(directory: Path, config: Config, *, exported: Path) -> None:
@@ -41,8 +40,7 @@ def evaluate(directory: Path, config: Config, *, exported: Path) -> None:
     torch.set_num_threads(1)  # as it would be served, and small matrices gain nothing from a second one
     codec, tokenizer = load_codec(config.codec.path), Tokenizer.load(config.data.tokenizer)
     utterances = read_manifest(directory / "corpus" / "test.jsonl")
-    recordings = list(dict.fromkeys(path for utterance in utterances for path in utterance.recordings))
-    codes, _ = encode_recordings(recordings, codec=codec)
+    codes, _ = encode_recordings(recordings_of(utterances), codec=codec)
     evaluator = Evaluator(load_runtime(exported), config=config, codec=codec, tokenizer=tokenizer)
     results = evaluator.run(utterances, codes, progress=lambda batches: tqdm(batches, "batches of answers"))
     scores = _written_scores(results)

@@ -58,7 +58,7 @@ def prepare_shards(
     aside = directory.with_name(directory.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    codes, unreadable = encode_recordings(_recordings(utterances), codec=codec, progress=progress)
+    codes, unreadable = encode_recordings(recordings_of(utterances), codec=codec, progress=progress)
     samples: dict[str, list[np.ndarray]] = defaultdict(list)
     rejected: list[dict[str, str]] = []
     for utterance in utterances:
@@ -151,7 +151,7 @@ def timing_of(config: Config) -> Timing:
     return Timing(task_delay=config.data.task_delay, speech_lead=config.data.speech_lead)
 
 
-def _recordings(utterances: Iterable[Utterance]) -> list[Path]:
+def recordings_of(utterances: Iterable[Utterance]) -> list[Path]:
     """Every recording once, in order: many samples share one."""
     return list(dict.fromkeys(path for utterance in utterances for path in utterance.recordings))
 
