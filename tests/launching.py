@@ -8,7 +8,40 @@ import subprocess
 import sys
 from pathlib import Path
 
+from synthetic import write_synthetic_shards
+
+from megaspeech.config import read_config
+
 TIMEOUT = 300  # seconds
+STEPS = 20
+
+
+def write_tiny_run(directory: Path, *, eval_interval: int = 0, save_interval: int = 0) -> Path:
+    """`config.toml` of 20 steps and synthetic shards in `directory/shards`; returns the config's path."""
+    config = directory / "config.toml"
+    config.write_text(f"""
+[model]
+preset = "tiny"
+[data]
+mixture = {{ asr-en = 1.0, tts-en = 2.0 }}
+num_frames = 16
+[loss]
+silence_fraction = 0.5
+[optimizer]
+lr = 3e-3
+lr_warmup_steps = 5
+[training]
+train_steps = {STEPS}
+micro_batch_size = 2
+global_batch_size = 8
+eval_interval = {eval_interval}
+[checkpoint]
+save_interval = {save_interval}
+[logging]
+tensorboard = false
+""")
+    write_synthetic_shards(directory / "shards", streams=read_config(config).streams)
+    return config
 
 
 def command(config: Path, *overrides: str, ranks: int = 1) -> list[str]:

@@ -20,10 +20,11 @@ def write_synthetic_shards(
         for place, name in enumerate(names):
             generator = np.random.default_rng([place, count])
             samples = [_sample(generator, streams=streams, num_frames=num_frames) for _ in range(count)]
-            write_shard(directory / split / name, samples, header=_header(name, streams=streams))
+            write_shard(directory / split / name, samples, header=synthetic_header(name, streams=streams))
 
 
-def _header(name: str, *, streams: StreamsSection) -> ShardHeader:
+def synthetic_header(name: str, *, streams: StreamsSection) -> ShardHeader:
+    """Of a shard of task key `name`; every codebook is silent at `SILENCE`."""
     return ShardHeader(
         format=FORMAT,
         task=name,

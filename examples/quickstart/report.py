@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from megaspeech.codecs.protocol import Codec
 from megaspeech.codecs.registry import load_codec
 from megaspeech.config import Config
 from megaspeech.data.manifest import Utterance, read_manifest
@@ -44,7 +45,8 @@ def evaluate(directory: Path, config: Config, *, exported: Path) -> None:
     evaluator = Evaluator(load_runtime(exported), config=config, codec=codec, tokenizer=tokenizer)
     results = evaluator.run(utterances, codes, progress=lambda batches: tqdm(batches, "batches of answers"))
     scores = _written_scores(results)
-    scores.update(_spoken_scores(results, codes=codes, codec=codec))
+    judge = DigitJudge()
+    scores.update(_spoken_scores(results, codes=codes, codec=codec, judge=judge))
 
     some = _first_of_each_task(utterances, LATENCY_UTTERANCES)
     latency = evaluator.latencies(some, codes, progress=lambda items: tqdm(items, "sessions timed one by one"))
@@ -53,7 +55,9 @@ def evaluate(directory: Path, config: Config, *, exported: Path) -> None:
     answers = {
         "scores": result_entries(scores),
         "latency_ms": {task.replace("-", "_"): value for task, value in latency.items()},
-        "examples": [_example(result) for result in _first_of_each_task(results, 2)],
+        "examples": [
+            _example(result, sample_rate=codec.sample_rate, judge=judge) for result in _first_of_each_task(results, 2)
+        ],
     }
     _write_json(directory / "answers.json", answers)
 
@@ -122,9 +126,11 @@ def _written_scores(results: list[Evaluated]) -> dict[str, Score]:
     )
 
 
-def _spoken_scores(results: list[Evaluated], *, codes: dict, codec) -> dict[str, Score]:
+def _spoken_scores(
+    results: list[Evaluated], *, codes: dict[Path, np.ndarray], codec: Codec, judge: DigitJudge
+) -> dict[str, Score]:
     """Of English speech, by the judge; `codec-en` is the codec's own round trip of the strings that tts says."""
-    judge, scores = DigitJudge(), {}
+    scores = {}
     for task in ("tts-en", "s2st-ja-en"):
         spoken = [result for result in results if result.utterance.task.key == task]
         heard = [judge(result.waveform_N, codec.sample_rate) for result in spoken]
@@ -136,11 +142,11 @@ def _spoken_scores(results: list[Evaluated], *, codes: dict, codec) -> dict[str,
     return scores
 
 
-def _example(result: Evaluated) -> dict[str, str]:
+def _example(result: Evaluated, *, sample_rate: int, judge: DigitJudge) -> dict[str, str]:
     task = result.utterance.task
     example = {"task": task.key, "reference": " ".join(result.reference), "written": " ".join(result.words)}
     if task.speaks and task.target == "en":
-        example["spoken"] = " ".join(DigitJudge()(result.waveform_N, 16000))
+        example["spoken"] = " ".join(judge(result.waveform_N, sample_rate))
     return example
 
 

@@ -101,7 +101,9 @@ def _run(config, directory: Path, overrides: list[str], *, settings: list[str]) 
     manifests = (corpus / "train.jsonl", corpus / "valid.jsonl")
     stages.run(
         "codec, tokenizer and shards",
-        lambda: _command(TOOLS / "prepare_data.py", HERE / "config.toml", *manifests, *overrides),
+        lambda: _command(
+            TOOLS / "prepare_data.py", HERE / "config.toml", *manifests, *overrides, threads=os.cpu_count()
+        ),
         done=(Path(config.data.directory) / "valid").is_dir(),
     )
     store = CheckpointStore(Path(config.run.directory) / "checkpoints", config=config)
@@ -134,11 +136,11 @@ def _train(overrides: list[str], *, ranks: int) -> None:
     _command(*launcher[1:], "-m", "megaspeech.train", HERE / "config.toml", *overrides)
 
 
-def _command(*arguments: object) -> None:
+def _command(*arguments: object, threads: int | None = 1) -> None:
+    """Run Python; several processes at once get one thread each, or they would spin against each other on few cores."""
     from megaspeech.parallel.lifeline import end_with_parent
 
-    # One thread a process: on few cores the threads of several would spin against each other.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads or 1)}
     subprocess.run([sys.executable, *map(str, arguments)], check=True, env=environment, preexec_fn=end_with_parent)
 
 

@@ -14,6 +14,7 @@ import ctypes
 import functools
 import io
 import math
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,10 @@ from types import ModuleType
 import espeakng_loader
 import numpy as np
 import soxr
+from variants import DRAWN, drawn_variant, with_drawn_variants
 
 SAMPLE_RATE = 16000  # Hz, of everything returned here
 NORMAL_WORDS_PER_MINUTE = 160  # espeak-ng's rate at pace 1
-LONGEST_DATA_PATH = 130  # characters; espeak-ng keeps its data path in a buffer of 160 that also holds file names
 
 _SILENCE_DB = -40.0  # a frame this far below the loudest of its word is silence
 _HOP = SAMPLE_RATE // 200  # 5 ms, the resolution of word times
@@ -186,18 +187,16 @@ class _Espeak:
     """The library, of which a process has one."""
 
     def __init__(self) -> None:
-        data = str(espeakng_loader.get_data_path())
-        if len(data) > LONGEST_DATA_PATH:
-            raise ValueError(
-                f"espeak-ng data at {data}: the path has {len(data)} characters, {LONGEST_DATA_PATH} are possible; "
-                "put the virtual environment into a shorter path"
-            )
+        # Its data by links in a folder of ours: a short path (it keeps 160 characters) where variants can be added.
+        self._folder = tempfile.TemporaryDirectory(prefix="espeak-")
+        data = with_drawn_variants(Path(espeakng_loader.get_data_path()), Path(self._folder.name))
         self._library = ctypes.CDLL(str(espeakng_loader.get_library_path()))
-        self._rate = self._library.espeak_Initialize(_SYNCHRONOUS, 0, data.encode(), _DONT_EXIT)
+        self._rate = self._library.espeak_Initialize(_SYNCHRONOUS, 0, str(data).encode(), _DONT_EXIT)
         if self._rate <= 0:
-            raise ValueError(f"espeak-ng data at {data}: could not be read; reinstall espeakng-loader")
+            source = espeakng_loader.get_data_path()
+            raise ValueError(f"espeak-ng data at {source}: could not be read; reinstall espeakng-loader")
         self._library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # of breath; otherwise the clock seeds it
-        self._variants = Path(data) / "voices" / "!v"
+        self._variants = data / "voices" / "!v"
         self._blocks: list[np.ndarray] = []
         self._starts: list[int] = []
         self._callback = _CALLBACK(self._receive)  # kept, or it is collected while the library still calls it
@@ -224,6 +223,8 @@ class _Espeak:
         if name == self._voice:
             return
         base, _, variant = name.partition("+")
+        if variant.startswith(DRAWN):
+            (self._variants / variant).write_text(drawn_variant(int(variant.removeprefix(DRAWN))))
         # espeak-ng says nothing about a variant it does not have, and speaks without it.
         found = not variant or (self._variants / variant).is_file()
         found = (

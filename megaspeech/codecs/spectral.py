@@ -254,8 +254,9 @@ def _mel(config: SpectralConfig) -> Tensor:
 
 
 def _features(contexts_RC: Tensor, *, config: SpectralConfig, mel_FM: Tensor) -> Tensor:
-    """Stacked log-mel ``[R, X]`` (float64) of frames; double precision for the reason given in ``quantize``."""
-    spectra_RJF = magnitudes(contexts_RC.double(), framing=config.framing)
+    """Stacked log-mel ``[R, X]`` (float64) of frames; double precision for the reason given in ``quantize``, from the
+    first matrix product on: the transform before it computes each window by itself."""
+    spectra_RJF = magnitudes(contexts_RC.float(), framing=config.framing).double()
     return (spectra_RJF @ mel_FM + config.mel_floor).log().flatten(1)
 
 

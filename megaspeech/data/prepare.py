@@ -130,7 +130,7 @@ def compose(
     frames = [
         timing.text_frame(task, start=word.start, end=word.end, frame_rate=codec.frame_rate) for word in utterance.words
     ]
-    pieces = tokenizer.encode_words([word.word for word in utterance.words], told=not task.hears)
+    pieces = tokenizer.encode_words(utterance.text.split(), told=not task.hears)
     words = list(zip(frames, pieces, strict=True))
     # One frame of PAD after the last word, so that a model learns to fall silent.
     length = words[-1][0] + len(words[-1][1]) + 1

@@ -127,7 +127,8 @@ def lay_out(
 
     Args:
         task: says where the audio starts.
-        text: tokens of the text stream `[T]`; T grows where the audio is longer.
+        text: tokens of the text stream `[T]`; T grows where the audio is longer. Where the model hears, `task_delay`
+            frames of silence follow: a session goes on after what was said, and nothing more is to be answered.
         heard: codes `[Q, T_heard]` of what the model hears, or None.
         spoken: codes `[Q, T_spoken]` of what the model says, or None.
         silence: the codec's codes for silence `[Q]`; what the model says, and hears, outside the audio.
@@ -138,7 +139,8 @@ def lay_out(
         Codes; streams that nobody speaks on hold `ZERO_TOKEN`.
     """
     origin = timing.speech_origin(task)
-    num_frames = max([len(text)] + [origin + codes.shape[1] for codes in (heard, spoken) if codes is not None])
+    ends = [origin + codes.shape[1] for codes in (heard, spoken) if codes is not None]
+    num_frames = max([len(text), *ends]) + (timing.task_delay if task.hears else 0)
     codes = np.full((streams.num_streams, num_frames), ZERO_TOKEN, dtype=np.int64)
     codes[0] = streams.text_pad_id
     codes[0, : len(text)] = text

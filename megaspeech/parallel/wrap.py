@@ -48,9 +48,19 @@ def wrap(
         inner,
     )
     optimizer = get_megatron_optimizer(_optimizer_config(config, dtype=megatron.params_dtype), [chunk])
+    _fuse(optimizer)
     megatron.finalize_model_grads_func = finalise_gradients
     megatron.grad_scale_func = optimizer.scale_loss
     return Wrapped(model, chunk, optimizer, _scheduler(config, optimizer))
+
+
+def _fuse(optimizer: MegatronOptimizer) -> None:
+    """Without TransformerEngine or Apex megatron-core takes torch's AdamW as it comes, a dozen passes over the weights;
+    fused it is one."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for group in part.optimizer.param_groups:
+                group["fused"] = True
 
 
 def _optimizer_config(config: Config, *, dtype: torch.dtype) -> OptimizerConfig:

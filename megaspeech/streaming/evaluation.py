@@ -48,7 +48,7 @@ class Evaluated:
     @property
     def reference(self) -> list[str]:
         """The words as they should be."""
-        return [word.word for word in self.utterance.words]
+        return self.utterance.text.split()
 
 
 class Evaluator:
@@ -107,13 +107,15 @@ class Evaluator:
             yield Evaluated(utterance, one, answer_words(one, tokenizer=self.tokenizer), waveform)
 
     def _request(self, utterance: Utterance, codes: Mapping[Path, np.ndarray]) -> Request:
-        task, written = utterance.task, [word.word for word in utterance.words]
+        task, told = utterance.task, None
+        if not task.hears:
+            told = tuple(map(tuple, self.tokenizer.encode_words(utterance.text.split(), told=True)))
         reference = compose(utterance, codes, config=self.config, codec=self.codec, tokenizer=self.tokenizer)
         return Request(
             task,
-            num_frames=reference.shape[1] + (PATIENCE_FRAMES if task.speaks else self.timing.task_delay),
+            num_frames=reference.shape[1] + (PATIENCE_FRAMES if task.speaks else 0),
             heard=codes[utterance.audio_path] if task.hears else None,
-            words=None if task.hears else tuple(map(tuple, self.tokenizer.encode_words(written, told=True))),
+            words=told,
         )
 
     def _decode(self, codes_QT: np.ndarray) -> np.ndarray:

@@ -8,13 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from launching import curve, train
-from synthetic import write_synthetic_shards
-
-from megaspeech.config import read_config
+from launching import STEPS, curve, train, write_tiny_run
 
 TOLERANCE = 1e-5
-STEPS = 20
 LAYOUTS = {
     "tp2": (2, ["parallel.tensor_model_parallel_size=2"]),
     "pp2": (2, ["parallel.pipeline_model_parallel_size=2"]),
@@ -29,37 +25,13 @@ LAYOUTS = {
     "dp2": (2, []),
     "dp2-plain-optimizer": (2, ["parallel.use_distributed_optimizer=false"]),
 }
-CONFIG = f"""
-[model]
-preset = "tiny"
-[data]
-mixture = {{ asr-en = 1.0, tts-en = 2.0 }}
-num_frames = 16
-[loss]
-silence_fraction = 0.5
-[optimizer]
-lr = 3e-3
-lr_warmup_steps = 5
-[training]
-train_steps = {STEPS}
-micro_batch_size = 2
-global_batch_size = 8
-eval_interval = 0
-[checkpoint]
-save_interval = 0
-[logging]
-tensorboard = false
-"""
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(config, directory) of 20 steps on one rank, seed checkpoint saved."""
     directory = tmp_path_factory.mktemp("layouts")
-    config = directory / "config.toml"
-    config.write_text(CONFIG)
-    resolved = read_config(config)
-    write_synthetic_shards(directory / "shards", streams=resolved.streams)
+    config = write_tiny_run(directory)
     finished = train(
         config,
         f"data.directory={directory}/shards",

@@ -6,40 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import curve, train
-from synthetic import write_synthetic_shards
-
-from megaspeech.config import read_config
+from launching import curve, train, write_tiny_run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
-CONFIG = """
-[model]
-preset = "tiny"
-[data]
-mixture = { asr-en = 1.0, tts-en = 2.0 }
-num_frames = 16
-[optimizer]
-lr = 3e-3
-lr_warmup_steps = 5
-[training]
-train_steps = 20
-micro_batch_size = 2
-global_batch_size = 8
-eval_interval = 0
-[checkpoint]
-save_interval = 0
-[logging]
-tensorboard = false
-"""
 
 
 @pytest.fixture(scope="module")
 def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(config, directory) of 20 steps on a CPU rank, seed checkpoint saved."""
     directory = tmp_path_factory.mktemp("gpu")
-    config = directory / "config.toml"
-    config.write_text(CONFIG)
-    write_synthetic_shards(directory / "shards", streams=read_config(config).streams)
+    config = write_tiny_run(directory)
     finished = train(
         config,
         f"data.directory={directory}/shards",

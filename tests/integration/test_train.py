@@ -14,46 +14,22 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from launching import TIMEOUT, command, curve, environment, train
-from synthetic import write_synthetic_shards
+from launching import STEPS, TIMEOUT, command, curve, environment, train, write_tiny_run
 
 from megaspeech.checkpoint.damage import find_damage
 from megaspeech.checkpoint.store import CheckpointStore
 from megaspeech.config import read_config
 from megaspeech.data.tokenizer import train_tokenizer
 
-STEPS = 20
 KILL_AFTER = 7
 SAVE_INTERVAL = 5
-CONFIG = f"""
-[model]
-preset = "tiny"
-[data]
-mixture = {{ asr-en = 1.0, tts-en = 2.0 }}
-num_frames = 16
-[loss]
-silence_fraction = 0.5
-[optimizer]
-lr = 3e-3
-lr_warmup_steps = 5
-[training]
-train_steps = {STEPS}
-micro_batch_size = 2
-global_batch_size = 8
-eval_interval = 10
-[checkpoint]
-save_interval = {SAVE_INTERVAL}
-[logging]
-tensorboard = false
-"""
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `config.toml` and shards."""
     directory = tmp_path_factory.mktemp("train")
-    (directory / "config.toml").write_text(CONFIG)
-    write_synthetic_shards(directory / "shards", streams=read_config(directory / "config.toml").streams)
+    write_tiny_run(directory, eval_interval=10, save_interval=SAVE_INTERVAL)
     return directory
 
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from one_rank import make_config
+from synthetic import synthetic_header
 
 from megaspeech.config import Config
 from megaspeech.data.mixture import Batch, TrainBatches, valid_batches
-from megaspeech.data.shards import FORMAT, ShardHeader, write_shard
+from megaspeech.data.shards import ShardHeader, write_shard
 from megaspeech.data.tasks import ZERO_TOKEN
 from megaspeech.data.weights import loss_weights
 
@@ -24,19 +25,7 @@ MIXTURE = "data.mixture={asr-en = 1.0, tts-en = 3.0}"
 
 
 def header_of(config: Config, task: str) -> ShardHeader:
-    return ShardHeader(
-        format=FORMAT,
-        task=task,
-        codec="none",
-        codec_fingerprint="none",
-        tokenizer_fingerprint="none",
-        frame_rate=12.5,
-        cardinalities=config.streams.cardinalities,
-        num_codebooks=config.streams.num_codebooks,
-        silence=SILENCE,
-        task_delay=3,
-        speech_lead=1,
-    )
+    return replace(synthetic_header(task, streams=config.streams), silence=SILENCE)
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +188,7 @@ LOSS = ["loss.text=2", "loss.text_padding=0.25", "loss.semantic=50", "loss.acous
 def weigh(config: Config, task: str, codes_ST: np.ndarray, *, seed: int = 0) -> np.ndarray:
     return loss_weights(
         codes_ST,
-        header=replace(header_of(config, task), silence=SILENCE),
+        header=header_of(config, task),
         streams=config.streams,
         loss=config.loss,
         generator=np.random.default_rng(seed),
