@@ -167,7 +167,7 @@ def _shares(clips: Sequence[Clip], num_shares: int) -> list[list[list[Clip]]]:
     """Per process its groups of clips, a group being one voice: its words are then synthesised in one process only."""
     by_voice: dict[Voice, list[Clip]] = defaultdict(list)
     for clip in clips:
-        by_voice[clip.voice].append(clip)
+        by_voice[dataclasses.replace(clip.voice, speed=1.0)].append(clip)
     shares: list[list[list[Clip]]] = [[] for _ in range(num_shares)]
     costs = [0.0] * num_shares
     for voice, group in sorted(by_voice.items(), key=lambda item: (item[0].engine, item[0].label), reverse=True):

@@ -37,6 +37,7 @@ TEST_BODIES = ((0.8, -9), (0.84, -7), (0.89, -8), (0.98, 2), (1.09, 3))
 BODIES = {"train": TRAIN_BODIES, "valid": VALID_BODIES, "test": TEST_BODIES}
 VARIANTS = {"train": TRAIN_VARIANTS, "valid": VALID_VARIANTS, "test": TEST_VARIANTS}
 BODY_PACES = (0.75, 0.9, 1.05)  # few, because each word of a body is synthesised once per pace
+BODY_SPREAD = 0.06  # bodies to train on run by up to this much faster or slower, which costs next to nothing
 
 OWN_VOICE = {"en": Voice("espeak", "en-us+klatt5"), "ja": Voice("open_jtalk", "mei")}
 
@@ -130,7 +131,8 @@ def _draw_voice(
     """A voice and its pace."""
     if language == "ja" and rng.random() < 0.5:
         tract, half_tone = BODIES[split][rng.integers(len(BODIES[split]))]
-        return Voice("open_jtalk", "mei", tract, half_tone), float(rng.choice(BODY_PACES))
+        speed = float(rng.uniform(1 - BODY_SPREAD, 1 + BODY_SPREAD)) if split == "train" else 1.0
+        return Voice("open_jtalk", "mei", tract, half_tone, round(speed, 3)), float(rng.choice(BODY_PACES))
     variant, tract = VARIANTS[split][rng.integers(len(VARIANTS[split]))], 1.0
     if split == "train":
         if rng.random() < settings.drawn:
@@ -172,7 +174,7 @@ def _draw_clip(rng: np.random.Generator, digits: str, *, name: str, kind: str, s
         gaps=_draw_gaps(rng, len(digits) - 1, kind=kind, voice=voice),
         lead=0.0 if own else float(rng.uniform(0.1, 0.5)),
         # After its own last word the model learns to stay silent, for a while of any length.
-        trail=float(rng.uniform(0.2, 1.0)) if own else float(rng.uniform(0.3, 0.6)),
+        trail=float(rng.uniform(0.2, 1.0)) if own else float(rng.uniform(0.1, 0.5)),
         peak_db=float(rng.uniform(-16, -1)),
         snr=float(rng.uniform(settings.snr_low, settings.snr_high)) if noisy else None,
         pink=bool(rng.random() < 0.5),

@@ -45,21 +45,30 @@ def drawn_variant(number: int) -> str:
     lines += _formants(rng, tract=tract)
     if rng.random() < 0.3:
         lines.append(f"klatt {rng.integers(1, 7)}")
-    if rng.random() < 0.4:
-        levels = u([150, 60, 20, 30, 10], [255, 200, 180, 150, 150])
-        points = zip((100, 600, 1200, 2000, 3000), levels, strict=True)
-        lines.append("tone " + " ".join(f"{hertz} {level:.0f}" for hertz, level in points))
+    if rng.random() < 0.6:
+        lines.append("tone " + _tilt(rng))
     lines.append(f"consonants {u(30, 125):.0f} {u(40, 125):.0f}")
-    lines.append(f"voicing {u(50, 150):.0f}")
+    lines.append(f"voicing {u(30, 200):.0f}")
     lines.append(f"flutter {u(0, 10):.0f}")
     lines.append(f"roughness {u(0, 4):.0f}")
     if rng.random() < 0.4:
         lines.append(f"echo {u(10, 160):.0f} {u(5, 45):.0f}")
     if rng.random() < 0.25:
         lines.append("breath " + " ".join(f"{level:.0f}" for level in u(0, 5, 8)))
-    if rng.random() < 0.25:
-        lines.append("stressAmp " + " ".join(f"{level:.0f}" for level in u(14, 24, 8)))
+    if rng.random() < 0.3:
+        lines.append(f"intonation {rng.integers(1, 5)}")
+    for key, low, high in (("stressAmp", 12, 30), ("stressAdd", -30, 160), ("stressLength", 0, 280)):
+        if rng.random() < 0.25:
+            lines.append(f"{key} " + " ".join(f"{value:.0f}" for value in u(low, high, 8)))
     return "\n".join(lines) + "\n"
+
+
+def _tilt(rng: np.random.Generator) -> str:
+    """Level (0 to 255) at five frequencies, falling by up to 7 dB an octave and uneven by some dB."""
+    hertz = np.array([100, 600, 1200, 2000, 3000])
+    decibels = -rng.uniform(0, 7) * np.log2(hertz / 100) + rng.normal(0, 3, 5)
+    levels = np.clip(255 * 10 ** (np.minimum(decibels, 0) / 20), 8, 255)
+    return " ".join(f"{frequency} {level:.0f}" for frequency, level in zip(hertz, levels, strict=True))
 
 
 def _formants(rng: np.random.Generator, *, tract: float) -> list[str]:

@@ -42,18 +42,21 @@ class Voice:
         name: espeak-ng's voice, with a variant after "+" (`en-us+f2`); the name of Open JTalk's voice is not read.
         tract: factor on all resonances, by resampling: 0.85 is a long vocal tract (a big body), 1.15 a short one.
         half_tone: pitch of Open JTalk's voice against its own, in semitones, whatever the tract.
+        speed: of Open JTalk's voice, as if a recording of it ran faster: resonances, pitch and pace together.
     """
 
     engine: str
     name: str
     tract: float = 1.0
     half_tone: float = 0.0
+    speed: float = 1.0
 
     @property
     def label(self) -> str:
-        """The voice in a manifest, such as `en-us+f2`, `ja+m3*0.95` or `mei*0.86-7`."""
+        """The voice in a manifest, such as `en-us+f2`, `ja+m3*0.95`, `mei*0.86-7` or `mei*0.86-7@1.03`."""
         tract = "" if self.tract == 1.0 else f"*{self.tract:.2f}"
-        return f"{self.name}{tract}" + (f"{self.half_tone:+g}" if self.half_tone else "")
+        half_tone = f"{self.half_tone:+g}" if self.half_tone else ""
+        return self.name + tract + half_tone + ("" if self.speed == 1.0 else f"@{self.speed:.3f}")
 
 
 @dataclass(frozen=True)
@@ -96,8 +99,7 @@ def speak(
     if voice.engine == "espeak":
         return _espeak().speak(words, voice=voice, pace=pace, pitch=pitch, gaps=gaps)
     if voice.engine == "open_jtalk":
-        parts = [_open_jtalk_word(word, tract=voice.tract, half_tone=voice.half_tone, pace=pace) for word in words]
-        return join(parts, gaps=gaps)
+        return join([_open_jtalk_word(word, voice=voice, pace=pace) for word in words], gaps=gaps)
     raise ValueError(f"voice.engine: {voice.engine!r} is unknown; use 'espeak' or 'open_jtalk'")
 
 
@@ -279,8 +281,14 @@ def _open_jtalk_labels(word: str) -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _open_jtalk_word(word: str, *, tract: float, half_tone: float, pace: float) -> Speech:
-    """One word alone, cut to its sound; a voice speaks few words at few paces, so they are kept."""
-    own_pitch = half_tone - 12 * math.log2(tract)  # resampling will raise it back
-    samples, rate = _open_jtalk().synthesize(list(_open_jtalk_labels(word)), pace / tract, own_pitch)
-    return _cut(soxr.resample((samples / 32768).astype(np.float32), rate * tract, SAMPLE_RATE), [0])
+def _open_jtalk_sound(word: str, *, own_pitch: float, pace: float) -> tuple[np.ndarray, int]:
+    """Samples `[N]` and their rate; a voice speaks few words at few paces, so they are kept."""
+    samples, rate = _open_jtalk().synthesize(list(_open_jtalk_labels(word)), pace, own_pitch)
+    return (samples / 32768).astype(np.float32), rate
+
+
+def _open_jtalk_word(word: str, *, voice: Voice, pace: float) -> Speech:
+    """One word alone, cut to its sound."""
+    own_pitch = voice.half_tone - 12 * math.log2(voice.tract)  # resampling will raise it back
+    samples, rate = _open_jtalk_sound(word, own_pitch=own_pitch, pace=pace / voice.tract)
+    return _cut(soxr.resample(samples, rate * voice.tract * voice.speed, SAMPLE_RATE), [0])

@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megaspeech.checkpoint.store import CONFIG, check_exists, load
+from megaspeech.checkpoint.store import CONFIG, check_whole, load
 from megaspeech.config import Config, read_config
 from megaspeech.config.schema import ParallelSection
 from megaspeech.model.speech_text_model import SpeechTextModel
@@ -68,7 +68,7 @@ def load_whole_model(path: str | Path) -> tuple[SpeechTextModel, Config]:
 
     Brings up a process group of one rank where there is none; `parallel.groups.shut_down` takes it down.
     """
-    check_exists(path)
+    check_whole(path)
     config = read_config(Path(path) / CONFIG)
     single = ParallelSection(use_distributed_optimizer=config.parallel.use_distributed_optimizer)
     config = config.model_copy(update={"parallel": single})

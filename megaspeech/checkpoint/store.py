@@ -118,15 +118,18 @@ def load(path: str | Path, state: dict[str, Any], *, config: Config) -> dict[str
     return dist_checkpointing.load(state, str(path))
 
 
-def check_exists(path: str | Path) -> None:
-    """Raises ValueError where `path` is not the folder of a whole checkpoint."""
+def check_whole(path: str | Path) -> None:
+    """Raises ValueError where `path` is not the folder of a whole checkpoint, naming what is wrong with it."""
     if not (Path(path) / CONFIG).is_file():
         raise ValueError(f"there is no checkpoint at {path} ({CONFIG} is missing); name a folder step_...")
+    damage = find_damage(path)
+    if damage is not None:
+        raise ValueError(f"checkpoint {path} is damaged: {damage}; name another one, or write it anew")
 
 
 def check_shape(path: str | Path, *, config: Config) -> None:
     """Raises ValueError where the checkpoint's model is not the config's, naming the key and both values."""
-    check_exists(path)
+    check_whole(path)
     saved = read_config(Path(path) / CONFIG)
     for section in SHAPE_SECTIONS:
         theirs, mine = getattr(saved, section).model_dump(), getattr(config, section).model_dump()

@@ -55,7 +55,7 @@ class SpectralConfig:
     hops_per_frame: int = 4
     num_mels: int = 80
     mel_floor: float = 5e-4
-    latent_dim: int = 40
+    latent_dim: int = 96
     num_codebooks: int = 8
     cardinality: int = 256
     beam: int = 4

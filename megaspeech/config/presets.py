@@ -43,8 +43,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # The quickstart's: spoken digits on two CPU cores.
     "digits": {
         "streams": _streams(64, 8, 8, 256, 0),
-        "temporal": {**_transformer(6, 256, 704, 4), "context": 250},
-        "depth": _transformer(2, 128, 352, 4),
+        "temporal": {**_transformer(4, 192, 528, 4), "context": 250},
+        "depth": _transformer(2, 96, 264, 4),
     },
     # Kyutai's Moshi 7B (arXiv 2410.00037), 7.688 billion parameters.
     "moshi-7b": {

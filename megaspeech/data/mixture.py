@@ -49,7 +49,7 @@ class ShardSamples(torch.utils.data.Dataset):
 
     def __init__(self, prefix: str | Path, *, config: Config) -> None:
         self.shard = Shard(prefix)
-        self.shard.header.check_streams(config.streams, prefix=prefix)
+        self.shard.header.check_run(config, prefix=prefix)
         self.config = config
         self.unique_identifiers = {"shard": str(prefix), "seed": config.run.seed}
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))

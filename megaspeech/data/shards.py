@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from megaspeech.config.schema import StreamsSection
+from megaspeech.config import Config
 
 FORMAT = 1
 
@@ -52,15 +52,18 @@ class ShardHeader:
         sequences = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
         return cls(**{**values, **sequences})
 
-    def check_streams(self, streams: StreamsSection, *, prefix: str | Path) -> None:
-        """Raises ValueError naming the first difference between the shard and the run's streams."""
-        for name, mine, theirs in (
-            ("cardinalities", streams.cardinalities, self.cardinalities),
-            ("num_codebooks", streams.num_codebooks, self.num_codebooks),
+    def check_run(self, config: Config, *, prefix: str | Path) -> None:
+        """Raises ValueError naming the first difference between the shard and the run's streams and delays."""
+        for section, name in (
+            ("streams", "cardinalities"),
+            ("streams", "num_codebooks"),
+            ("data", "task_delay"),
+            ("data", "speech_lead"),
         ):
+            mine, theirs = getattr(getattr(config, section), name), getattr(self, name)
             if mine != theirs:
                 raise ValueError(
-                    f"shard {prefix}: its {name} are {theirs}, those of [streams] {mine}; "
+                    f"shard {prefix}: its {name} is {theirs}, that of [{section}] {mine}; "
                     f"prepare the shards with this config, or train with the one they were made for"
                 )
 

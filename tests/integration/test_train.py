@@ -213,6 +213,14 @@ def test_seed_checkpoint_that_is_not_there(home: Path, single: Path) -> None:
     _assert_one_message(finished, "there is no checkpoint at nowhere/step_00000000")
 
 
+def test_damaged_seed_checkpoint(home: Path, single: Path, tmp_path: Path) -> None:
+    torn = tmp_path / "step_00000000"
+    shutil.copytree(single / "checkpoints" / "step_00000000", torn)
+    next(torn.glob("*.distcp")).unlink()
+    finished = train(*_arguments(home, run="torn"), f"checkpoint.seed_checkpoint={torn}")
+    _assert_one_message(finished, f"checkpoint {torn} is damaged", "distcp is missing")
+
+
 def test_shards_of_another_codec_are_refused(home: Path) -> None:
     pytest.importorskip("faiss")
     from megaspeech.codecs import SpectralCodec, SpectralConfig

@@ -9,12 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megaspeech.config.schema import StreamsSection
+from megaspeech.config import Config
+from megaspeech.config.schema import DataSection, StreamsSection
 from megaspeech.data.shards import FORMAT, Shard, ShardHeader, check_origins, write_shard
 
-STREAMS = StreamsSection(
-    text_cardinality=48, num_codebooks=2, num_given_codebooks=1, cardinality=32, delays=(0, 0, 1, 0)
-)
+STREAMS = {
+    "text_cardinality": 48,
+    "num_codebooks": 2,
+    "num_given_codebooks": 1,
+    "cardinality": 32,
+    "delays": (0, 0, 1, 0),
+}
 HEADER = ShardHeader(
     format=FORMAT,
     task="st-ja-en",
@@ -22,12 +27,19 @@ HEADER = ShardHeader(
     codec_fingerprint="abc",
     tokenizer_fingerprint="def",
     frame_rate=12.5,
-    cardinalities=STREAMS.cardinalities,
+    cardinalities=(48, 32, 32, 32),
     num_codebooks=2,
     silence=(5, 6),
     task_delay=3,
     speech_lead=1,
 )
+
+
+def config_of(*, streams: dict | None = None, data: dict | None = None) -> Config:
+    """The two sections that shards are held against."""
+    return Config.model_construct(
+        streams=StreamsSection(**{**STREAMS, **(streams or {})}), data=DataSection(**(data or {}))
+    )
 
 
 def samples(*lengths: int, high: int = 32) -> list[np.ndarray]:
@@ -51,8 +63,8 @@ def test_tuples_stay_tuples(tmp_path: Path) -> None:
     """JSON makes lists of them, and a list would not equal the config's tuple."""
     write_shard(tmp_path / "x", samples(2), header=HEADER)
     header = ShardHeader.read(tmp_path / "x")
-    assert header.cardinalities == STREAMS.cardinalities and header.silence == (5, 6)
-    header.check_streams(STREAMS, prefix=tmp_path / "x")
+    assert header.cardinalities == HEADER.cardinalities and header.silence == (5, 6)
+    header.check_run(config_of(), prefix=tmp_path / "x")
 
 
 @pytest.mark.parametrize("cardinality, num_bytes", [(32_766, 2), (32_767, 4), (100_000, 4)])
@@ -80,19 +92,21 @@ def test_views_are_written_as_they_look(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change, name",
+    "streams, data, words",
     [
-        ({"cardinality": 64}, "cardinalities are (48, 32, 32, 32), those of [streams] (48, 64, 64, 64)"),
-        ({"text_cardinality": 64}, "cardinalities"),
-        ({"num_given_codebooks": 2, "delays": (0, 0, 1, 0, 1)}, "cardinalities"),
-        ({"num_codebooks": 1, "num_given_codebooks": 2}, "num_codebooks are 2, those of [streams] 1"),
+        ({"cardinality": 64}, {}, "cardinalities is (48, 32, 32, 32), that of [streams] (48, 64, 64, 64)"),
+        ({"text_cardinality": 64}, {}, "cardinalities"),
+        ({"num_given_codebooks": 2, "delays": (0, 0, 1, 0, 1)}, {}, "cardinalities"),
+        ({"num_codebooks": 1, "num_given_codebooks": 2}, {}, "num_codebooks is 2, that of [streams] 1"),
+        ({}, {"task_delay": 4}, "task_delay is 3, that of [data] 4"),
+        ({}, {"speech_lead": 0}, "speech_lead is 1, that of [data] 0"),
     ],
 )
-def test_another_stream_layout_is_refused(change: dict, name: str) -> None:
-    HEADER.check_streams(STREAMS, prefix="x")
+def test_shards_of_another_run_are_refused(streams: dict, data: dict, words: str) -> None:
+    HEADER.check_run(config_of(), prefix="x")
     with pytest.raises(ValueError) as caught:
-        HEADER.check_streams(STREAMS.model_copy(update=change), prefix="here/x")
-    assert "here/x" in str(caught.value) and name in str(caught.value) and "prepare the shards" in str(caught.value)
+        HEADER.check_run(config_of(streams=streams, data=data), prefix="here/x")
+    assert "here/x" in str(caught.value) and words in str(caught.value) and "prepare the shards" in str(caught.value)
 
 
 @pytest.mark.parametrize(
