@@ -62,7 +62,7 @@ class CorpusSettings:
     """
 
     seed: int = 0
-    heard: int = 8000
+    heard: int = 9000
     own: int = 700
     pairs: int = 1200
     valid: int = 24
@@ -70,7 +70,7 @@ class CorpusSettings:
     test_own_en: int = 40
     test_own_ja: int = 20
     test_pairs: int = 40
-    noisy: float = 0.4
+    noisy: float = 0.6
     snr_low: float = 10.0
     snr_high: float = 30.0
     drawn: float = 0.75

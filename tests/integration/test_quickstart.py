@@ -105,7 +105,7 @@ def test_results(finished: tuple[Path, str]) -> None:
     directory, output = finished
     results = json.loads((directory / "results.json").read_text())
     assert results.keys() >= KEYS
-    assert results["parameters"] == 9_880_576
+    assert results["parameters"] == 4_952_064
     assert "tensor 2 x pipeline 2" in results["layout"] and "data 2" in results["layout"]
     assert set(results["losses"]) == {"text", *(f"codebook_{index}" for index in range(8))}
     assert all(first > last for first, last in results["losses"].values())

@@ -119,7 +119,7 @@ def test_the_last_word_wins(read: Read) -> None:
     assert read("training.train_steps=201", "training.train_steps=202", text=text).training.train_steps == 202
     # A preset named by override, and one of its values changed: the rest of the preset stays.
     config = read("model.preset=digits", "temporal.num_layers=2", text=text)
-    assert config.temporal.num_layers == 2 and config.temporal.hidden_size == 256
+    assert config.temporal.num_layers == 2 and config.temporal.hidden_size == 192
 
 
 @pytest.mark.parametrize("override", ["train_steps=1", "training=1", "training.train_steps", ".a=1", "training.=1", ""])

@@ -77,8 +77,8 @@ def test_what_is_wrong_is_set_aside_and_the_rest_goes_on(
     good, other = record(tmp_path, "good", seconds=1.0), record(tmp_path, "other", seconds=1.3, pitch=200)
     torn = record(tmp_path, "torn", seconds=1.0)
     torn.write_bytes(torn.read_bytes()[:9000])
-    long = record(tmp_path, "long", seconds=39 * 0.08)  # with the prompt 41 frames
-    fits = record(tmp_path, "fits", seconds=38 * 0.08)  # and here 40
+    long = record(tmp_path, "long", seconds=36 * 0.08)  # with the prompt and the task delay 41 frames
+    fits = record(tmp_path, "fits", seconds=35 * 0.08)  # and here 40
     target = replace(utterance(other, task=S2ST), target_audio_path=torn)
     rows = [utterance(path) for path in (good, torn, long, fits, tmp_path / "absent.wav")]
     rows += [utterance(good, task=TTS), target, replace(target, target_audio_path=good)]

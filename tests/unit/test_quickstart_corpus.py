@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "quickstart"))
 
 from corpus import ANSWER_DELAY, ANSWER_GAP, FRAME, make_corpus, settings_from  # noqa: E402
 from judge import DIGIT_WORDS, DigitJudge, word_errors  # noqa: E402
-from script import ENGLISH, JAPANESE, KANA, OWN_VOICE, CorpusSettings, draw_clips  # noqa: E402
+from script import BODIES, ENGLISH, JAPANESE, KANA, OWN_VOICE, VARIANTS, CorpusSettings, draw_clips  # noqa: E402
+from variants import DRAWN, drawn_variant  # noqa: E402
 from voices import SAMPLE_RATE, Voice, speak  # noqa: E402
 
 from megaspeech.data.manifest import read_manifest  # noqa: E402
@@ -130,6 +131,7 @@ def test_held_out_strings_and_speakers(corpus):
     assert not strings["test"] & (strings["train"] | strings["valid"])
     assert not strings["valid"] & strings["train"]
     assert not speakers["test"] & (speakers["train"] | speakers["valid"])
+    assert not speakers["valid"] & speakers["train"]
 
 
 def test_the_whole_script_is_held_out_too():
@@ -138,10 +140,34 @@ def test_the_whole_script_is_held_out_too():
     assert len(held) == sum(clip.split != "train" for clip in clips)
     assert not held & {clip.digits for clip in clips if clip.split == "train"}
     heard = [clip for clip in clips if clip.kind == "heard" and clip.split == "train"]
-    assert 0.37 < np.mean([clip.snr is not None for clip in heard]) < 0.43
+    assert 0.57 < np.mean([clip.snr is not None for clip in heard]) < 0.63
     assert all(clip.snr is None for clip in clips if clip.kind == "own")
     assert len({clip.voice.label for clip in heard if clip.language == "ja"}) > 100
     assert {len(clip.digits) for clip in heard} == {3, 4, 5, 6}
+
+
+def test_voices_of_the_splits_are_apart():
+    for splits in (VARIANTS, BODIES):
+        everyone = [voice for voices in splits.values() for voice in voices]
+        assert len(set(everyone)) == len(everyone)
+    voices = {split: [] for split in SPLITS}
+    for clip in draw_clips(CorpusSettings()):
+        if clip.kind != "own":
+            voices[clip.split].append(clip.voice)
+    drawn = [voice for voice in voices["train"] if DRAWN in voice.name]
+    assert len({voice.name for voice in drawn}) > 0.95 * len(drawn)
+    assert 0.72 < len(drawn) / sum(voice.engine == "espeak" for voice in voices["train"]) < 0.78
+    assert not [voice for split in ("valid", "test") for voice in voices[split] if DRAWN in voice.name]
+    assert all(voice.speed == voice.tract == 1.0 for voice in voices["test"] if voice.engine == "espeak")
+
+
+def test_drawn_voices_are_people_apart_who_are_understood():
+    assert drawn_variant(5) == drawn_variant(5) != drawn_variant(6)
+    judge, spoken = DigitJudge(), [DIGIT_WORDS[digit] for digit in (4, 0, 9, 1, 7, 5, 2, 8, 3, 6)]
+    voices = [Voice("espeak", f"en-us+{DRAWN}{number}") for number in range(8)]
+    said = [speak(spoken, voice=voice).samples for voice in voices]
+    assert len({len(samples) for samples in said}) > 4
+    assert np.mean([word_errors(spoken, judge(samples, SAMPLE_RATE)) for samples in said]) < 0.35 * len(spoken)
 
 
 def test_the_models_own_voice_is_clean_and_starts_at_once(corpus):

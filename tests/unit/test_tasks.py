@@ -99,8 +99,8 @@ def sample(task: Task, *, text_frames: int, heard: int | None = None, spoken: in
 
 def test_streams_of_a_listening_task() -> None:
     out = sample(Task("asr", "en", "en"), text_frames=9, heard=4)
-    assert out.shape == (6, 9) and out.dtype == np.int64
-    assert (out[0] == 20).all()
+    assert out.shape == (6, 9 + 3) and out.dtype == np.int64  # silence goes on for the task delay
+    assert (out[0, :9] == 20).all() and (out[0, 9:] == PAD).all()
     assert (out[1:3] == SILENCE[:2, None]).all()  # the model is silent of its own accord
     assert (out[3:, :2] == ZERO_TOKEN).all()  # nobody speaks during the prompt
     assert (out[3:, 2:6] == codes(4, first=100)[:3]).all()
@@ -119,6 +119,7 @@ def test_streams_of_a_speaking_task() -> None:
 
 def test_streams_of_speech_to_speech_share_a_clock() -> None:
     out = sample(Task("s2st", "ja", "en"), text_frames=3, heard=4, spoken=7)
-    assert out.shape == (6, 9)
-    assert (out[1:3, 2:] == codes(7, first=500)[:2]).all() and (out[1:3, :2] == SILENCE[:2, None]).all()
+    assert out.shape == (6, 9 + 3)
+    assert (out[1:3, 2:9] == codes(7, first=500)[:2]).all()
+    assert (out[1:3, :2] == SILENCE[:2, None]).all() and (out[1:3, 9:] == SILENCE[:2, None]).all()
     assert (out[3:, 2:6] == codes(4, first=100)[:3]).all() and (out[3:, 6:] == SILENCE[:3, None]).all()
