@@ -98,7 +98,7 @@ def test_what_is_wrong_is_set_aside_and_the_rest_goes_on(
     assert reasons["long.wav"].startswith("41 frames") and "data.num_frames = 40" in reasons["long.wav"]
     assert {name: header.num_samples for name, header in headers.items()} == {"asr-en": 2, "tts-en": 1, "s2st-ja-en": 1}
     shard = Shard(tmp_path / "out" / "asr-en")
-    assert shard.header == headers["asr-en"] and [shard[index].shape[1] for index in range(2)] == [2 + 13, 40]
+    assert shard.header == headers["asr-en"] and [shard[index].shape[1] for index in range(2)] == [2 + 13 + 3, 40]
     header = shard.header
     assert (header.codec, header.codec_fingerprint) == ("spectral", codec.fingerprint)
     assert header.tokenizer_fingerprint == tokenizer.fingerprint and header.frame_rate == 12.5
@@ -109,8 +109,8 @@ def test_what_is_wrong_is_set_aside_and_the_rest_goes_on(
 def test_a_sample_that_is_too_long_does_not_take_others_of_its_recording_along(
     tmp_path: Path, config: Config, codec: SpectralCodec, tokenizer: Tokenizer
 ) -> None:
-    path = record(tmp_path, "shared", seconds=36 * 0.08)  # asr: 38 frames; tts starts 2 frames later and fits too
-    late = utterance(path, text="three", ends=(36 * 0.08,))  # its text stands beyond frame 40
+    path = record(tmp_path, "shared", seconds=35 * 0.08)  # 40 frames as asr, 39 as tts
+    late = utterance(path, text="three", ends=(35 * 0.08,))  # its text stands beyond frame 40
     rows = [late, utterance(path, task=TTS)]
     headers = prepare_shards(rows, tmp_path / "out", config=config, codec=codec, tokenizer=tokenizer)
     assert list(headers) == ["tts-en"]
