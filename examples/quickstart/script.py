@@ -174,7 +174,7 @@ def _draw_clip(rng: np.random.Generator, digits: str, *, name: str, kind: str, s
         gaps=_draw_gaps(rng, len(digits) - 1, kind=kind, voice=voice),
         lead=0.0 if own else float(rng.uniform(0.1, 0.5)),
         # After its own last word the model learns to stay silent, for a while of any length.
-        trail=float(rng.uniform(0.2, 1.0)) if own else float(rng.uniform(0.1, 0.5)),
+        trail=float(rng.uniform(0.2, 1.6)) if own else float(rng.uniform(0.1, 0.5)),
         peak_db=float(rng.uniform(-16, -1)),
         snr=float(rng.uniform(settings.snr_low, settings.snr_high)) if noisy else None,
         pink=bool(rng.random() < 0.5),
