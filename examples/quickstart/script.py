@@ -1,8 +1,8 @@
 """The script of the quickstart's corpus: who says which digits, how fast, how loud, with which noise.
 
 Everything random is drawn here, from one seed, before a sound is made. A string is in one split only, whatever its
-language and task; a speaker who is heard in one split is heard in no other: choices are made on the
-validation split, and the test split is left for the end.
+language and task; a speaker who is heard in one split is heard in no other. Choices belong on the
+validation split.
 """
 
 from dataclasses import dataclass

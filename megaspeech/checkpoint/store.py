@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
@@ -21,6 +22,7 @@ from megaspeech.config import Config, read_config, write_config
 
 LATEST = "latest"
 SHAPE_SECTIONS = ("streams", "temporal", "depth")
+Found = TypeVar("Found")
 
 
 class CheckpointStore:
@@ -41,10 +43,7 @@ class CheckpointStore:
         Raises:
             ValueError: there are checkpoints, but no whole one.
         """
-        found = [self._search() if not dist.is_initialized() or dist.get_rank() == 0 else None]
-        if dist.is_initialized():
-            dist.broadcast_object_list(found)
-        path, damaged = found[0]
+        path, damaged = _found_by_first_rank(self._search)
         if path is None and damaged:
             raise ValueError(
                 f"{self.directory} holds no whole checkpoint: {'; '.join(damaged)}; "
@@ -111,25 +110,42 @@ class CheckpointStore:
 def load(path: str | Path, state: dict[str, Any], *, config: Config) -> dict[str, Any]:
     """Fill a sharded state dict of the current layout from a checkpoint of any layout; all ranks call this.
 
+    The checkpoint is whole: `search` found it, or `check_whole` has looked at it.
+
     Raises:
-        ValueError: there is no checkpoint at `path`, or it is of another model; the difference is named.
+        ValueError: it is of another model; the difference is named.
     """
     check_shape(path, config=config)
     return dist_checkpointing.load(state, str(path))
 
 
 def check_whole(path: str | Path) -> None:
-    """Raises ValueError where `path` is not the folder of a whole checkpoint, naming what is wrong with it."""
-    if not (Path(path) / CONFIG).is_file():
-        raise ValueError(f"there is no checkpoint at {path} ({CONFIG} is missing); name a folder step_...")
+    """Raises ValueError where `path` is not the folder of a whole checkpoint, naming what is wrong with it.
+
+    In a launch all ranks call this, and get what the first one found.
+    """
+    fault = _found_by_first_rank(lambda: _fault(Path(path)))
+    if fault is not None:
+        raise ValueError(fault)
+
+
+def _fault(path: Path) -> str | None:
+    if not (path / CONFIG).is_file():
+        return f"there is no checkpoint at {path} ({CONFIG} is missing); name a folder step_..."
     damage = find_damage(path)
-    if damage is not None:
-        raise ValueError(f"checkpoint {path} is damaged: {damage}; name another one, or write it anew")
+    return damage and f"checkpoint {path} is damaged: {damage}; name another one, or write it anew"
+
+
+def _found_by_first_rank(find: Callable[[], Found]) -> Found:
+    """What `find()` gives on the first rank, on all of them: one reads the files, not every rank of a launch."""
+    found = [find() if not dist.is_initialized() or dist.get_rank() == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    return found[0]
 
 
 def check_shape(path: str | Path, *, config: Config) -> None:
     """Raises ValueError where the checkpoint's model is not the config's, naming the key and both values."""
-    check_whole(path)
     saved = read_config(Path(path) / CONFIG)
     for section in SHAPE_SECTIONS:
         theirs, mine = getattr(saved, section).model_dump(), getattr(config, section).model_dump()

@@ -166,6 +166,7 @@ class Trainer:
             self.step = state.load_run_state(self.wrapped, loaded)
             self.journal.say(f"going on at step {self.step} from {latest}")
         elif seed:
+            store.check_whole(seed)
             distributed = self.config.parallel.use_distributed_optimizer
             wanted = state.model_state(self.wrapped, distributed_optimizer=distributed)
             state.load_model_state(self.wrapped, store.load(seed, wanted, config=self.config))
