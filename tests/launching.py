@@ -25,6 +25,7 @@ preset = "tiny"
 [data]
 mixture = {{ asr-en = 1.0, tts-en = 2.0 }}
 num_frames = 16
+num_workers = 0
 [loss]
 silence_fraction = 0.5
 [optimizer]

@@ -50,7 +50,7 @@ def read_config(path: str | Path, overrides: Iterable[str] = (), *, world_size: 
 
 def write_config(config: Config, path: str | Path) -> None:
     """Write the resolved config as TOML; `read_config` of the file gives an equal one."""
-    Path(path).write_text(tomli_w.dumps(config.model_dump(mode="json")), encoding="utf-8")
+    Path(path).write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

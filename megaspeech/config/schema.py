@@ -71,10 +71,19 @@ class TransformerSection(Section):
 
 
 class TemporalSection(TransformerSection):
-    """The transformer over frames. `context` frames are visible to a position, itself included."""
+    """The transformer over frames. `context` frames are visible to a position, itself included.
+
+    With `num_moe_experts` the feed-forward layers are mixtures of experts, each of `moe_ffn_hidden_size`.
+    """
 
     context: Positive = 3000
     rotary_base: Positive = 10000
+    num_moe_experts: Positive | None = None
+    moe_ffn_hidden_size: Positive | None = None
+    moe_router_topk: Positive = 2
+    moe_aux_loss_coeff: float = Field(0.01, ge=0)
+    """Weight of the loss that balances the experts' loads (Switch Transformer, arXiv 2101.03961)."""
+    moe_token_dispatcher_type: Literal["allgather", "alltoall"] = "alltoall"
 
 
 class DepthSection(TransformerSection):
@@ -118,6 +127,8 @@ class DataSection(Section):
     """Frames from the end of a heard word to its text."""
     speech_lead: Natural = 1
     """Frames from the text of a word to its sound, where the model speaks."""
+    num_workers: Natural = 2
+    """Processes that load batches ahead, on every rank that reads them; 0 loads in the step itself."""
     codebook_dropout: float = Field(0.0, ge=0, le=1)
     """Share of the training samples that hear only the first few codebooks, the rest being zero tokens: a residual
     codec's later ones tell voices apart more than words (quantizer dropout, SoundStream, arXiv 2107.03312)."""
@@ -127,9 +138,25 @@ class ParallelSection(Section):
     """The layout. The data parallel size is what the world size leaves."""
 
     tensor_model_parallel_size: Positive = 1
-    pipeline_model_parallel_size: Positive = 1
     sequence_parallel: bool = False
+    pipeline_model_parallel_size: Positive = 1
+    virtual_pipeline_model_parallel_size: Positive | None = None
+    """Chunks of layers a stage holds, run interleaved."""
+    num_layers_in_first_pipeline_stage: Positive | None = None
+    num_layers_in_last_pipeline_stage: Positive | None = None
+    """The last stage also runs the depth transformer: give it fewer layers."""
+    pipeline_model_parallel_layout: str | None = None
+    """Which layers each stage holds, in megatron-core's letters: "Et*3|t*4|tL" for embedding, transformer, loss."""
+    context_parallel_size: Positive = 1
+    expert_model_parallel_size: Positive = 1
+    data_parallel: Literal["ddp", "fsdp2", "megatron_fsdp"] = "ddp"
+    """Whole replicas, or torch's or Megatron's fully sharded data parallelism."""
     use_distributed_optimizer: bool = True
+    """Optimizer state sharded over the data parallel ranks of "ddp"; both kinds of FSDP shard it in any case."""
+    recompute_granularity: Literal["selective", "full"] | None = None
+    recompute_method: Literal["uniform", "block"] | None = None
+    recompute_num_layers: Positive | None = None
+    recompute_modules: tuple[str, ...] | None = None
 
 
 class OptimizerSection(Section):
@@ -157,6 +184,12 @@ class TrainingSection(Section):
     global_batch_size: Positive = 32
     params_dtype: Literal["fp32", "bf16"] = "fp32"
     eval_interval: Natural = 200
+    max_skipped_steps: Positive = 5
+    """Steps in a row that may be skipped for a loss or gradient that is not finite, or a spike, before the run stops."""
+    spike_factor: float = Field(0.0, ge=0)
+    """A gradient norm of more than so many times the median of the last ones is a spike; 0 looks for none."""
+    hang_timeout: float = Field(600.0, gt=0)
+    """Seconds without a step, a validation or a checkpoint after which the run is taken to hang."""
 
 
 class CheckpointSection(Section):
@@ -165,6 +198,10 @@ class CheckpointSection(Section):
     save_interval: Natural = 200
     """Steps between checkpoints; 0 saves at the end only. The end is always saved."""
     keep_last: Positive = 2
+    keep_every: Natural = 0
+    """Checkpoints of steps that it divides are kept for good; 0 keeps none."""
+    async_save: bool | None = None
+    """Write in the background while training goes on; unset, where there is a GPU."""
     save_seed: bool = False
     """Save the untrained weights too, as step 0, for other layouts to start from."""
     seed_checkpoint: str = ""
