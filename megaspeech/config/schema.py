@@ -185,7 +185,7 @@ class TrainingSection(Section):
     params_dtype: Literal["fp32", "bf16"] = "fp32"
     eval_interval: Natural = 200
     max_skipped_steps: Positive = 5
-    """Steps in a row that may be skipped for a loss or gradient that is not finite, or a spike, before the run stops."""
+    """Steps in a row that may be skipped, for a gradient that is not finite or a spike, before the run stops."""
     spike_factor: float = Field(0.0, ge=0)
     """A gradient norm of more than so many times the median of the last ones is a spike; 0 looks for none."""
     hang_timeout: float = Field(600.0, gt=0)
