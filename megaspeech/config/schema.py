@@ -149,6 +149,8 @@ class ParallelSection(Section):
     """Which layers each stage holds, in megatron-core's letters: "Et*3|t*4|tL" for embedding, transformer, loss."""
     context_parallel_size: Positive = 1
     expert_model_parallel_size: Positive = 1
+    expert_tensor_parallel_size: Positive = 1
+    """Ranks that share one expert; 1, as large experts are few and small ones gain nothing from it."""
     data_parallel: Literal["ddp", "fsdp2", "megatron_fsdp"] = "ddp"
     """Whole replicas, or torch's or Megatron's fully sharded data parallelism."""
     use_distributed_optimizer: bool = True
@@ -157,6 +159,20 @@ class ParallelSection(Section):
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: Positive | None = None
     recompute_modules: tuple[str, ...] | None = None
+
+    def describe(self, data_parallel_size: int) -> str:
+        """The layout in words, sizes of 1 left out: "tensor 2 x pipeline 2 x data 4, sequence parallel"."""
+        sizes = {
+            "tensor": self.tensor_model_parallel_size,
+            "pipeline": self.pipeline_model_parallel_size,
+            "context": self.context_parallel_size,
+            "expert": self.expert_model_parallel_size,
+        }
+        words = [f"{name} {size}" for name, size in sizes.items() if size > 1]
+        rest = [self.data_parallel] if self.data_parallel != "ddp" else []
+        rest += ["sequence parallel"] if self.sequence_parallel else []
+        rest += ["interleaved"] if self.virtual_pipeline_model_parallel_size else []
+        return ", ".join([" x ".join([*words, f"data {data_parallel_size}"]), *rest])
 
 
 class OptimizerSection(Section):

@@ -41,8 +41,7 @@ class Trainer:
         self.valid = valid_batches(config, dp_rank=grid.dp_rank, dp_size=grid.dp_size)
         self.codec = load_codec(config.codec.path) if config.codec.path else None
         self._check_shards()
-        self.wrapped = wrap(config, build=self._build, initialise=self._initialise)
-        self.device = next(self.wrapped.model.parameters()).device
+        self.wrapped = wrap(config, num_chunks=grid.num_chunks, build=self._build, initialise=self._initialise)
         self.store = store.CheckpointStore(Path(config.run.directory) / "checkpoints", config=config)
         header = self.batches.samples.datasets[0].shard.header
         self.journal = Journal(config, is_main=grid.is_main, frame_rate=header.frame_rate)
@@ -87,7 +86,8 @@ class Trainer:
             (metrics on the last stage, None elsewhere; gradient norm before clipping).
         """
         wrapped = self.wrapped
-        wrapped.chunk.zero_grad_buffer()
+        for chunk in wrapped.chunks:
+            chunk.zero_grad_buffer()
         wrapped.optimizer.zero_grad()
         reports, totals = self._run(batches, forward_only=False)
         _, grad_norm, _ = wrapped.optimizer.step()
@@ -96,23 +96,27 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Validation losses of every task, all samples of `valid/`."""
-        self.wrapped.chunk.eval()
+        for chunk in self.wrapped.chunks:
+            chunk.eval()
         by_task = {}
         with torch.no_grad():
             for task, batches in self.valid.items():
                 by_task[task] = self._metrics(*self._run(batches, forward_only=True))
-        self.wrapped.chunk.train()
+        for chunk in self.wrapped.chunks:
+            chunk.train()
         if self.grid.is_last_stage:
             self.journal.valid(self.step, by_task)
 
     def save(self) -> None:
         """A checkpoint of the current step."""
         started = time.perf_counter()
-        path = self.store.save(self._state(is_loading=False), step=self.step)
+        path = self.store.save(state.run_state(self.wrapped, step=self.step), step=self.step)
         self.journal.say(f"step {self.step:>6}  saved {path} in {time.perf_counter() - started:.1f} s")
 
     def _run(self, batches: list[Batch], *, forward_only: bool) -> tuple[list[dict[str, Tensor]], Tensor]:
-        totals = sum_over_data_parallel(torch.stack([batch.totals() for batch in batches]).sum(0).to(self.device))
+        totals = sum_over_data_parallel(
+            torch.stack([batch.totals() for batch in batches]).sum(0).to(self.wrapped.device)
+        )
         reports = run_microbatches(
             make_forward_step(
                 weight_sums=totals[:2],
@@ -120,8 +124,8 @@ class Trainer:
                 dp_size=self.grid.dp_size,
                 tensor_parallel_size=self.config.parallel.tensor_model_parallel_size,
             ),
-            chunk=self.wrapped.chunk,
-            microbatches=[batch.to(self.device) for batch in batches],
+            chunks=self.wrapped.chunks,
+            microbatches=[batch.to(self.wrapped.device) for batch in batches],
             num_frames=batches[0].num_frames,
             micro_batch_size=self.config.training.micro_batch_size,
             forward_only=forward_only,
@@ -144,17 +148,19 @@ class Trainer:
             else None,
         )
 
-    def _build(self) -> SpeechTextModel:
-        return SpeechTextModel(self.config, pre_process=self.grid.is_first_stage, post_process=self.grid.is_last_stage)
+    def _build(self, vp_stage: int | None) -> SpeechTextModel:
+        last = None if vp_stage is None else self.grid.num_chunks - 1
+        return SpeechTextModel(
+            self.config,
+            pre_process=self.grid.is_first_stage and vp_stage in (None, 0),
+            post_process=self.grid.is_last_stage and vp_stage == last,
+            vp_stage=vp_stage,
+        )
 
     def _initialise(self, model: SpeechTextModel) -> None:
         vectors = self.codec.codebook_vectors() if self.codec else None
         if vectors is not None:
             initialise_from_codebooks(model, vectors, streams=self.config.streams, seed=self.config.run.seed)
-
-    def _state(self, *, is_loading: bool) -> dict:
-        distributed = self.config.parallel.use_distributed_optimizer
-        return state.run_state(self.wrapped, step=self.step, distributed_optimizer=distributed, is_loading=is_loading)
 
     def _resume(self) -> None:
         seed = self.config.checkpoint.seed_checkpoint
@@ -162,35 +168,32 @@ class Trainer:
         for line in damaged:
             self.journal.say(f"skipping a damaged checkpoint, {line}")
         if latest is not None:
-            loaded = store.load(latest, self._state(is_loading=True), config=self.config)
+            loaded = store.load(
+                latest, state.run_state(self.wrapped, step=self.step, is_loading=True), config=self.config
+            )
             self.step = state.load_run_state(self.wrapped, loaded)
             self.journal.say(f"going on at step {self.step} from {latest}")
         elif seed:
             store.check_whole(seed)
-            distributed = self.config.parallel.use_distributed_optimizer
-            wanted = state.model_state(self.wrapped, distributed_optimizer=distributed)
-            state.load_model_state(self.wrapped, store.load(seed, wanted, config=self.config))
+            loaded = store.load(seed, state.model_state(self.wrapped), config=self.config)
+            state.load_model_state(self.wrapped, loaded)
             self.journal.say(f"starting from the weights of {seed}")
         self.journal.resume(self.step)
 
     def _announce(self) -> None:
         parallel, parameters = self.config.parallel, count_parameters(self.config)
         flops = count_flops(self.config, num_frames=self.config.data.num_frames)
-        layout = (
-            f"tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} x data"
-        )
         self.journal.say(
             f"{self.config.run.name}: {sum(parameters.values()):,} parameters ("
             + ", ".join(f"{part} {count:,}" for part, count in parameters.items())
-            + f"), {3 * sum(flops.values()) / 1e6:.1f} MFLOP a frame; {layout} {self.grid.dp_size}"
-            + (" with sequence parallelism" if parallel.sequence_parallel else "")
+            + f"), {3 * sum(flops.values()) / 1e6:.1f} MFLOP a frame; {parallel.describe(self.grid.dp_size)}"
         )
 
     def _log_sample(self) -> None:
         log_spoken_sample(
             self.journal,
             step=self.step,
-            chunk=self.wrapped.chunk,
+            chunks=self.wrapped.chunks,
             batches=self.valid,
             codec=self.codec,
             config=self.config,
