@@ -6,6 +6,7 @@ in tokens, frames or samples, never bytes; times are in seconds unless the name 
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -134,6 +135,17 @@ class DataSection(Section):
     codec's later ones tell voices apart more than words (quantizer dropout, SoundStream, arXiv 2107.03312)."""
 
 
+def expand_layout(text: str) -> list[str]:
+    """The stages of a `pipeline_model_parallel_layout`, one letter a layer: "Et*3|(t|)*2L" is Ettt, t, t, L.
+
+    "(...)*n" and "x*n" repeat, commas mean nothing, as in megatron-core's PipelineParallelLayerLayout.
+    """
+    text = text.replace(",", "")
+    for pattern in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
+        text = re.sub(pattern, lambda match: match.group(1) * int(match.group(2)), text)
+    return text.split("|")
+
+
 class ParallelSection(Section):
     """The layout. The data parallel size is what the world size leaves."""
 
@@ -160,6 +172,13 @@ class ParallelSection(Section):
     recompute_num_layers: Positive | None = None
     recompute_modules: tuple[str, ...] | None = None
 
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of layers that a stage holds: 1, or more under an interleaved pipeline."""
+        if self.pipeline_model_parallel_layout is None:
+            return self.virtual_pipeline_model_parallel_size or 1
+        return max(1, len(expand_layout(self.pipeline_model_parallel_layout)) // self.pipeline_model_parallel_size)
+
     def describe(self, data_parallel_size: int) -> str:
         """The layout in words, sizes of 1 left out: "tensor 2 x pipeline 2 x data 4, sequence parallel"."""
         sizes = {
@@ -171,7 +190,7 @@ class ParallelSection(Section):
         words = [f"{name} {size}" for name, size in sizes.items() if size > 1]
         rest = [self.data_parallel] if self.data_parallel != "ddp" else []
         rest += ["sequence parallel"] if self.sequence_parallel else []
-        rest += ["interleaved"] if self.virtual_pipeline_model_parallel_size else []
+        rest += ["interleaved"] if self.num_chunks > 1 else []
         return ", ".join([" x ".join([*words, f"data {data_parallel_size}"]), *rest])
 
 

@@ -89,6 +89,9 @@ def _layout(parallel: ParallelSection) -> dict[str, Any]:
         "recompute_granularity",
     )
     fields = {name: getattr(parallel, name) for name in same}
+    # Interleaved stages send forward and backward at once: in one batch they would be mixed up between two ranks.
+    interleaved = parallel.num_chunks > 1
+    fields |= {"overlap_p2p_comm": interleaved, "batch_p2p_comm": not interleaved}
     if parallel.recompute_granularity == "full":  # each layer keeps its input alone, unless told otherwise
         fields["recompute_method"] = parallel.recompute_method or "uniform"
         fields["recompute_num_layers"] = parallel.recompute_num_layers or 1

@@ -93,7 +93,7 @@ class FullyShardedChunk(_BaseDataParallel):
 @contextlib.contextmanager
 def _local_parameters(module: torch.nn.Module, parameters: dict[int, DTensor]) -> Iterator[None]:
     """Lets modules see their shards as plain parameters; `parameters` is filled with what these stand for, by `id`."""
-    owners = [(owner, name, value) for owner in module.modules() for name, value in owner._parameters.items()]
+    owners = [(owner, *item) for owner in module.modules() for item in owner._parameters.items() if item[1] is not None]
     stand_ins = []  # kept until the end, or their ids would be given to others
     for owner, name, value in owners:
         stand_in = torch.nn.Parameter(value.to_local().detach())

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from megaspeech.config.schema import ParallelSection
 from megaspeech.parallel import host
@@ -71,23 +70,13 @@ def build_grid(parallel: ParallelSection, *, seed: int) -> Grid:
     parallel_state.initialize_model_parallel(
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
-        num_chunks(parallel) if num_chunks(parallel) > 1 else None,
+        parallel.num_chunks if parallel.num_chunks > 1 else None,
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return current_grid(parallel)
-
-
-def num_chunks(parallel: ParallelSection) -> int:
-    """Chunks of the model that every stage holds."""
-    if parallel.pipeline_model_parallel_layout is not None:
-        layout = PipelineParallelLayerLayout(
-            parallel.pipeline_model_parallel_layout, parallel.pipeline_model_parallel_size
-        )
-        return layout.virtual_pipeline_model_parallel_size
-    return parallel.virtual_pipeline_model_parallel_size or 1
 
 
 def current_grid(parallel: ParallelSection) -> Grid:
@@ -101,7 +90,7 @@ def current_grid(parallel: ParallelSection) -> Grid:
         dp_size=parallel_state.get_data_parallel_world_size(),
         is_first_stage=parallel_state.is_pipeline_first_stage(),
         is_last_stage=is_last,
-        num_chunks=num_chunks(parallel),
+        num_chunks=parallel.num_chunks,
         is_main=is_last and tp_rank == dp_rank == parallel_state.get_context_parallel_rank() == 0,
     )
 
