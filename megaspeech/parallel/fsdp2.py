@@ -21,7 +21,7 @@ from megatron.core.distributed.data_parallel_base import _BaseDataParallel
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 
@@ -69,6 +69,9 @@ class FullyShardedChunk(_BaseDataParallel):
         megatron-core describes how a parameter is cut by tensor parallelism; the cut along the data parallel ranks,
         always along another axis, is added to that.
         """
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # after a forward pass alone, what was gathered is still there
         parameters: dict[int, DTensor] = {}
         with _local_parameters(self.module, parameters):
             state = self.module.sharded_state_dict(metadata=metadata)

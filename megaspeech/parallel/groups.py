@@ -96,11 +96,17 @@ def current_grid(parallel: ParallelSection) -> Grid:
 
 
 def remove_grid() -> None:
-    """Take the groups of a layout down again, and stay in the process group of all ranks."""
+    """Take the groups of a layout down again, ready for another layout's; all ranks call this.
+
+    The process group of all ranks is made anew too: what torch remembers of the old groups by name goes with it.
+    """
+    dist.barrier()
+    store, backend = dist.distributed_c10d._get_default_store(), dist.get_backend()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     parallel_state.destroy_model_parallel()
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
+    dist.destroy_process_group()
+    store = dist.PrefixStore("next", store)  # the keys of the old one are used up
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
 def speaks_for_failure() -> bool:
