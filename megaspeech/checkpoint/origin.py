@@ -6,10 +6,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megaspeech.config import Config, read_config
-from megaspeech.data.shards import ShardHeader
+
+if TYPE_CHECKING:
+    from megaspeech.data.shards import ShardHeader
 
 CONFIG, MANIFEST = "config.toml", "manifest.json"
 SHAPE_SECTIONS = ("streams", "temporal", "depth")

@@ -1,19 +1,14 @@
-"""Checkpoints on disk: written aside, renamed when whole, `latest` moved last, old ones removed.
+"""Checkpoints on disk: written aside, renamed when whole, `latest` moved last, old ones removed (see `folders`).
 
-checkpoints/
-  latest                 the name of the newest checkpoint, or of an older one to go back to
-  step_00000200/         megatron-core's torch_dist format, and
-    config.toml            the resolved run
-    manifest.json          what its streams mean
-    checksums.json         of every other file
-  step_00000400.part     being written, or left by a killed run: never read
-  step_00000100.removed  being removed, or left by a killed run: never read
+step_00000200/     megatron-core's torch_dist format, and
+  config.toml        the resolved run
+  manifest.json      what its streams mean
+  checksums.json     of every other file
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -25,13 +20,21 @@ import torch
 from megatron.core import dist_checkpointing
 
 from megaspeech.checkpoint.checksums import Checksum, checksum, find_damage, write_checksums
+from megaspeech.checkpoint.folders import (
+    LATEST,
+    REMOVED,
+    UNFINISHED,
+    finished,
+    leftovers,
+    named_latest,
+    outlived,
+    remove,
+    step_of,
+)
 from megaspeech.checkpoint.origin import CONFIG, StreamManifest, check_origin, check_shape
-from megaspeech.checkpoint.ranks import RankFailure, Ranks, reason
+from megaspeech.checkpoint.ranks import RankFailure, Ranks
 from megaspeech.checkpoint.writing import Snapshot, take_snapshot, write_format, write_snapshots
 from megaspeech.config import Config, write_config
-
-LATEST = "latest"
-UNFINISHED, REMOVED = ".part", ".removed"
 
 
 class SaveError(ValueError):
@@ -89,16 +92,13 @@ class CheckpointStore:
 
     def _candidates(self) -> list[Path]:
         """The checkpoint that `latest` names, though it be gone, then those before it; without `latest`, all."""
-        pointer, there = self.directory / LATEST, finished_checkpoints(self.directory)
-        if pointer.is_file():
-            named = self.directory / pointer.read_text(encoding="utf-8").strip()
-            there = [named, *(path for path in there if path.name < named.name)]
-        return there
+        named, there = named_latest(self.directory), finished(self.directory)
+        return [named, *(path for path in there if path.name < named.name)] if named else there
 
     def latest_step(self) -> int:
         """The step of `latest()`, 0 without one."""
         path = self.latest()
-        return int(path.name.removeprefix("step_")) if path else 0
+        return step_of(path) if path else 0
 
     def check(self, path: str | Path, *, going_on: bool) -> None:
         """Raises ValueError where the run may not start from the whole checkpoint `path`; see `origin.check_origin`."""
@@ -151,8 +151,7 @@ class CheckpointStore:
     def _prepare(self, aside: Path, *, needed: int) -> list[str]:
         """An empty folder, on a disk with room for `needed` bytes; what killed runs left is removed first."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        leftovers = [path for path in self.directory.glob("step_*") if path.suffix in (UNFINISHED, REMOVED)]
-        notes = [note for path in leftovers if (note := _remove(path))]
+        notes = [note for path in leftovers(self.directory) if (note := remove(path))]
         free = shutil.disk_usage(self.directory).free
         if free < needed:
             raise ValueError(f"{self.directory} has {free:,} bytes free, and it takes {needed:,}")
@@ -173,19 +172,14 @@ class CheckpointStore:
         # Whatever may need room on the disk is written by now.
         pointer = self.directory / f"{LATEST}{UNFINISHED}"
         pointer.write_text(path.name + "\n", encoding="utf-8")
+        replaced = path.with_suffix(REMOVED)
         if path.exists():  # of a course that the run went back from, or damaged
-            path.rename(path.with_suffix(REMOVED))
+            path.rename(replaced)
         aside.rename(path)
         pointer.replace(self.directory / LATEST)
-        replaced = [path.with_suffix(REMOVED)] if path.with_suffix(REMOVED).exists() else []
-        return [note for old in [*replaced, *self._outlived(path)] if (note := _remove(old))]
-
-    def _outlived(self, newest: Path) -> list[Path]:
-        """What is not kept. Newer ones, of a course that the run went back from, do not count."""
-        older = [path for path in finished_checkpoints(self.directory) if path.name < newest.name]
-        every = self.config.checkpoint.keep_every
-        outlived = older[self.config.checkpoint.keep_last - 1 :]
-        return [path for path in outlived if not every or int(path.name.removeprefix("step_")) % every]
+        old = [replaced] if replaced.exists() else []
+        old += outlived(path, section=self.config.checkpoint)
+        return [note for path in old if (note := remove(path))]
 
     def _give_up(self, aside: Path) -> str:
         shutil.rmtree(aside, ignore_errors=True)
@@ -209,22 +203,6 @@ class _Writing(threading.Thread):
             self.saved = self.write()
         except Exception as error:
             self.error = error
-
-
-def finished_checkpoints(directory: Path) -> list[Path]:
-    """Checkpoints of a store's folder that were written to the end, newest first."""
-    return sorted((path for path in directory.glob("step_*") if re.fullmatch(r"step_\d+", path.name)), reverse=True)
-
-
-def _remove(path: Path) -> str | None:
-    """Remove a checkpoint's folder, renamed first, so that a kill leaves none that looks whole; or say why not."""
-    try:
-        if path.suffix not in (UNFINISHED, REMOVED):
-            path = path.rename(path.with_suffix(REMOVED))
-        shutil.rmtree(path)
-    except OSError as error:
-        return f"{path} could not be removed ({reason(error)})"
-    return None
 
 
 def load(path: str | Path, state: dict[str, Any], *, config: Config) -> dict[str, Any]:
