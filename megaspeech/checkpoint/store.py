@@ -1,35 +1,69 @@
-"""Checkpoints on disk: written aside, renamed when whole, `latest` moved last, the oldest removed.
+"""Checkpoints on disk: written aside, renamed when whole, `latest` moved last, old ones removed (see `folders`).
 
-checkpoints/
-  latest              the name of the newest checkpoint, or of an older one to go back to
-  step_00000200/      megatron-core's torch_dist format, and config.toml, the resolved run
-  step_00000400.part  being written, or left by a killed run: never read, and overwritten
+step_00000200/     megatron-core's torch_dist format, and
+  config.toml        the resolved run
+  manifest.json      what its streams mean
+  checksums.json     of every other file
 """
 
 from __future__ import annotations
 
-import os
+import contextlib
 import shutil
+import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch.distributed as dist
+import torch
 from megatron.core import dist_checkpointing
 
-from megaspeech.checkpoint.damage import CONFIG, find_damage
-from megaspeech.config import Config, read_config, write_config
+from megaspeech.checkpoint.checksums import Checksum, checksum, find_damage, write_checksums
+from megaspeech.checkpoint.folders import (
+    LATEST,
+    REMOVED,
+    UNFINISHED,
+    finished,
+    leftovers,
+    named_latest,
+    outlived,
+    remove,
+    step_of,
+)
+from megaspeech.checkpoint.origin import CONFIG, StreamManifest, check_origin, check_shape
+from megaspeech.checkpoint.ranks import RankFailure, Ranks
+from megaspeech.checkpoint.writing import Snapshot, take_snapshot, write_format, write_snapshots
+from megaspeech.config import Config, write_config
 
-LATEST = "latest"
-SHAPE_SECTIONS = ("streams", "temporal", "depth")
-Found = TypeVar("Found")
+
+class SaveError(ValueError):
+    """A checkpoint could not be written: what, why, and what is intact. Raised on every rank alike."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was written: its folder, and a line for each thing that is not as it should be."""
+
+    path: Path
+    notes: tuple[str, ...]
 
 
 class CheckpointStore:
-    """The checkpoints of one run."""
+    """The checkpoints of one run. In a launch all ranks make one, and call its methods together.
 
-    def __init__(self, directory: str | Path, *, config: Config) -> None:
-        self.directory, self.config = Path(directory), config
+    Args:
+        directory: holds them.
+        config: the run.
+        manifest: what the streams mean; only needed to save and to check.
+    """
+
+    def __init__(self, directory: str | Path, *, config: Config, manifest: StreamManifest | None = None) -> None:
+        self.directory, self.config, self.manifest = Path(directory), config, manifest
+        self.ranks = Ranks.apart()
+        wanted = config.checkpoint.async_save
+        self.in_background = torch.accelerator.is_available() if wanted is None else wanted
+        self._writing: _Writing | None = None
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint, see `search`."""
@@ -38,73 +72,137 @@ class CheckpointStore:
     def search(self) -> tuple[Path | None, list[str]]:
         """(the newest whole checkpoint, None where there is none; a line for each damaged one that was passed over).
 
-        Not newer than the one that `latest` names. In a launch all ranks call this, and get what the first one found.
+        Not newer than the one that `latest` names. Every file of it has been read and its checksum compared.
 
         Raises:
             ValueError: there are checkpoints, but no whole one.
         """
-        path, damaged = _found_by_first_rank(self._search)
-        if path is None and damaged:
+        damaged: list[str] = []
+        for path in self.ranks.first(self._candidates):
+            damage = find_damage(path, ranks=self.ranks)
+            if damage is None:
+                return path, damaged
+            damaged.append(f"{path}: {damage}")
+        if damaged:
             raise ValueError(
                 f"{self.directory} holds no whole checkpoint: {'; '.join(damaged)}; "
                 f"put one back, or remove the folder to start anew"
             )
-        return path, damaged
-
-    def _search(self) -> tuple[Path | None, list[str]]:
-        damaged = []
-        for path in self._candidates():
-            damage = find_damage(path)
-            if damage is None:
-                return path, damaged
-            damaged.append(f"{path}: {damage}")
         return None, damaged
 
     def _candidates(self) -> list[Path]:
         """The checkpoint that `latest` names, though it be gone, then those before it; without `latest`, all."""
-        pointer, there = self.directory / LATEST, self._finished()
-        if pointer.is_file():
-            named = self.directory / pointer.read_text(encoding="utf-8").strip()
-            there = [named, *(path for path in there if path.name < named.name)]
-        return there
+        named, there = named_latest(self.directory), finished(self.directory)
+        return [named, *(path for path in there if path.name < named.name)] if named else there
 
     def latest_step(self) -> int:
         """The step of `latest()`, 0 without one."""
         path = self.latest()
-        return int(path.name.removeprefix("step_")) if path else 0
+        return step_of(path) if path else 0
 
-    def save(self, state: dict[str, Any], *, step: int) -> Path:
-        """Write a sharded state dict; all ranks call this. Returns the checkpoint's folder."""
+    def check(self, path: str | Path, *, going_on: bool) -> None:
+        """Raises ValueError where the run may not start from the whole checkpoint `path`; see `origin.check_origin`."""
+        assert self.manifest is not None
+        check_origin(path, config=self.config, manifest=self.manifest, going_on=going_on)
+
+    def save(self, state: dict[str, Any], *, step: int) -> None:
+        """Write a sharded state dict, or, in the background, copy it and begin to; `finish` tells how it went."""
+        assert self._writing is None, "one save at a time: finish the one before"
+        snapshot = take_snapshot(state, rank=self.ranks.rank, copy=self.in_background)
+        self._writing = _Writing(lambda: self._write(snapshot, step=step))
+        if self.in_background:
+            self._writing.start()
+        else:
+            self._writing.run()
+
+    def finish(self, *, blocking: bool) -> Saved | None:
+        """What has become of the save that was begun; None where none was, or it goes on and we are not to wait.
+
+        Raises:
+            SaveError: it failed; on every rank, though not at the same step unless `blocking`.
+        """
+        writing = self._writing
+        if writing is None or (writing.is_alive() and not blocking):
+            return None
+        if self.in_background:
+            writing.join()
+        self._writing = None
+        if writing.error is not None:
+            raise writing.error
+        return writing.saved
+
+    def _write(self, snapshot: Snapshot, *, step: int) -> Saved:
         path = self.directory / f"step_{step:08d}"
-        aside = path.with_suffix(".part")
-        if dist.get_rank() == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        dist.barrier()
-        dist_checkpointing.save(state, str(aside))
-        if dist.get_rank() == 0:
-            write_config(self.config, aside / CONFIG)
-            shutil.rmtree(path, ignore_errors=True)
-            os.replace(aside, path)
-            self._point_to(path)
-            self._remove_before(path)
-        dist.barrier()
-        return path
+        aside = path.with_suffix(UNFINISHED)
+        try:
+            needed = sum(self.ranks.each(lambda: snapshot.num_bytes))
+            notes = self.ranks.first(lambda: self._prepare(aside, needed=needed))
+            written = write_snapshots(snapshot, aside, ranks=self.ranks)
+            checksums = {name: value for part in self.ranks.each(lambda: written) for name, value in part.items()}
+            notes += self.ranks.first(lambda: self._complete(aside, path, snapshot=snapshot, checksums=checksums))
+        except RankFailure as failure:
+            left = self.ranks.first(lambda: self._give_up(aside))
+            raise SaveError(
+                f"checkpoint {path} could not be written: {failure}; {left}; make room or mend the disk, "
+                f"keep fewer (checkpoint.keep_last, keep_every), or choose another run.directory"
+            ) from None
+        return Saved(path, tuple(notes))
 
-    def _point_to(self, path: Path) -> None:
-        aside = self.directory / f"{LATEST}.part"
-        aside.write_text(path.name + "\n", encoding="utf-8")
-        os.replace(aside, self.directory / LATEST)
+    def _prepare(self, aside: Path, *, needed: int) -> list[str]:
+        """An empty folder, on a disk with room for `needed` bytes; what killed runs left is removed first."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        notes = [note for path in leftovers(self.directory) if (note := remove(path))]
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise ValueError(f"{self.directory} has {free:,} bytes free, and it takes {needed:,}")
+        aside.mkdir()
+        return notes
 
-    def _finished(self) -> list[Path]:
-        """Checkpoints that were written to the end, newest first."""
-        return sorted((path for path in self.directory.glob("step_*") if path.suffix != ".part"), reverse=True)
+    def _complete(self, aside: Path, path: Path, *, snapshot: Snapshot, checksums: dict[str, Checksum]) -> list[str]:
+        """The small files, the checksums of all, the renames, the removal of what need not be kept."""
+        assert self.manifest is not None
+        for name, value in checksums.items():
+            if not (aside / name).is_file() or (aside / name).stat().st_size != value.num_bytes:
+                raise ValueError(f"{name} is not as its rank wrote it; do all nodes see one file system?")
+        write_format(snapshot, aside)
+        write_config(self.config, aside / CONFIG)
+        self.manifest.write(aside)
+        small = {file.name: checksum(file) for file in aside.iterdir() if file.name not in checksums}
+        write_checksums(aside, {**checksums, **small})
+        # Whatever may need room on the disk is written by now.
+        pointer = self.directory / f"{LATEST}{UNFINISHED}"
+        pointer.write_text(path.name + "\n", encoding="utf-8")
+        replaced = path.with_suffix(REMOVED)
+        if path.exists():  # of a course that the run went back from, or damaged
+            path.rename(replaced)
+        aside.rename(path)
+        pointer.replace(self.directory / LATEST)
+        old = [replaced] if replaced.exists() else []
+        old += outlived(path, section=self.config.checkpoint)
+        return [note for path in old if (note := remove(path))]
 
-    def _remove_before(self, newest: Path) -> None:
-        """Newer ones, of a course that the run went back from, do not count."""
-        older = [path for path in self._finished() if path.name < newest.name]
-        for path in older[self.config.checkpoint.keep_last - 1 :]:
-            shutil.rmtree(path)
+    def _give_up(self, aside: Path) -> str:
+        shutil.rmtree(aside, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            (self.directory / f"{LATEST}{UNFINISHED}").unlink()
+        there = self._candidates()
+        return f"{there[0].name}, saved before, is untouched" if there else "there is none before it"
+
+
+class _Writing(threading.Thread):
+    """A save under way. Ends with the process: what it has written by then is never read."""
+
+    def __init__(self, write: Callable[[], Saved]) -> None:
+        super().__init__(name="checkpoint", daemon=True)
+        self.write = write
+        self.saved: Saved | None = None
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            self.saved = self.write()
+        except Exception as error:
+            self.error = error
 
 
 def load(path: str | Path, state: dict[str, Any], *, config: Config) -> dict[str, Any]:
@@ -122,36 +220,11 @@ def load(path: str | Path, state: dict[str, Any], *, config: Config) -> dict[str
 def check_whole(path: str | Path) -> None:
     """Raises ValueError where `path` is not the folder of a whole checkpoint, naming what is wrong with it.
 
-    In a launch all ranks call this, and get what the first one found.
+    In a launch all ranks call this, read a share each, and raise alike.
     """
-    fault = _found_by_first_rank(lambda: _fault(Path(path)))
-    if fault is not None:
-        raise ValueError(fault)
-
-
-def _fault(path: Path) -> str | None:
-    if not (path / CONFIG).is_file():
-        return f"there is no checkpoint at {path} ({CONFIG} is missing); name a folder step_..."
-    damage = find_damage(path)
-    return damage and f"checkpoint {path} is damaged: {damage}; name another one, or write it anew"
-
-
-def _found_by_first_rank(find: Callable[[], Found]) -> Found:
-    """What `find()` gives on the first rank, on all of them: one reads the files, not every rank of a launch."""
-    found = [find() if not dist.is_initialized() or dist.get_rank() == 0 else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found)
-    return found[0]
-
-
-def check_shape(path: str | Path, *, config: Config) -> None:
-    """Raises ValueError where the checkpoint's model is not the config's, naming the key and both values."""
-    saved = read_config(Path(path) / CONFIG)
-    for section in SHAPE_SECTIONS:
-        theirs, mine = getattr(saved, section).model_dump(), getattr(config, section).model_dump()
-        for key in mine:
-            if mine[key] != theirs[key]:
-                raise ValueError(
-                    f"checkpoint {path}: {section}.{key} is {theirs[key]} there and {mine[key]} in this run; "
-                    f"train with the checkpoint's shape, or from another directory"
-                )
+    path, ranks = Path(path), Ranks()
+    if not ranks.first((path / CONFIG).is_file):
+        raise ValueError(f"there is no checkpoint at {path} ({CONFIG} is missing); name a folder step_...")
+    damage = find_damage(path, ranks=ranks)
+    if damage is not None:
+        raise ValueError(f"checkpoint {path} is damaged: {damage}; name another one, or write it anew")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megaspeech.checkpoint import state, store
+from megaspeech.checkpoint.origin import StreamManifest
 from megaspeech.codecs.registry import load_codec
 from megaspeech.config import Config, write_config
 from megaspeech.data.mixture import Batch, TrainBatches, valid_batches
@@ -42,8 +43,10 @@ class Trainer:
         self.codec = load_codec(config.codec.path) if config.codec.path else None
         self._check_shards()
         self.wrapped = wrap(config, num_chunks=grid.num_chunks, build=self._build, initialise=self._initialise)
-        self.store = store.CheckpointStore(Path(config.run.directory) / "checkpoints", config=config)
         header = self.batches.samples.datasets[0].shard.header
+        self.store = store.CheckpointStore(
+            Path(config.run.directory) / "checkpoints", config=config, manifest=StreamManifest.of(header, config)
+        )
         self.journal = Journal(config, is_main=grid.is_main, frame_rate=header.frame_rate)
         self.step = 0
         if grid.is_main:
@@ -74,7 +77,8 @@ class Trainer:
             if is_last or (training.eval_interval and self.step % training.eval_interval == 0):
                 self.evaluate()
             if is_last or (checkpoint.save_interval and self.step % checkpoint.save_interval == 0):
-                self.save()
+                self.save(is_last=is_last)
+            self.finish_save()
             if self.config.logging.sample_interval and self.step % self.config.logging.sample_interval == 0:
                 self._log_sample()
         self.journal.close()
@@ -107,11 +111,29 @@ class Trainer:
         if self.grid.is_last_stage:
             self.journal.valid(self.step, by_task)
 
-    def save(self) -> None:
-        """A checkpoint of the current step."""
-        started = time.perf_counter()
-        path = self.store.save(state.run_state(self.wrapped, step=self.step), step=self.step)
-        self.journal.say(f"step {self.step:>6}  saved {path} in {time.perf_counter() - started:.1f} s")
+    def save(self, *, is_last: bool = False) -> None:
+        """A checkpoint of the current step, after the one that may still be written; the last one is waited for.
+
+        Raises:
+            SaveError: the last one could not be written; of others it is said, and training goes on.
+        """
+        self.finish_save(blocking=True)
+        self._save_started = time.perf_counter()
+        self.store.save(state.run_state(self.wrapped, step=self.step), step=self.step)
+        self.finish_save(blocking=is_last, is_last=is_last)
+
+    def finish_save(self, *, blocking: bool = False, is_last: bool = False) -> None:
+        """Say what has become of a checkpoint that was being written, once that is known."""
+        try:
+            saved = self.store.finish(blocking=blocking)
+        except store.SaveError as error:
+            if is_last:
+                raise
+            self.journal.say(f"step {self.step:>6}  NOT SAVED: {error}")
+            return
+        if saved is not None:
+            seconds = time.perf_counter() - self._save_started
+            self.journal.say("\n  ".join([f"step {self.step:>6}  saved {saved.path} in {seconds:.1f} s", *saved.notes]))
 
     def _run(self, batches: list[Batch], *, forward_only: bool) -> tuple[list[dict[str, Tensor]], Tensor]:
         totals = sum_over_data_parallel(
@@ -168,13 +190,14 @@ class Trainer:
         for line in damaged:
             self.journal.say(f"skipping a damaged checkpoint, {line}")
         if latest is not None:
-            loaded = store.load(
-                latest, state.run_state(self.wrapped, step=self.step, is_loading=True), config=self.config
-            )
+            self.store.check(latest, going_on=True)
+            wanted = state.run_state(self.wrapped, step=self.step, is_loading=True)
+            loaded = store.load(latest, wanted, config=self.config)
             self.step = state.load_run_state(self.wrapped, loaded)
             self.journal.say(f"going on at step {self.step} from {latest}")
         elif seed:
             store.check_whole(seed)
+            self.store.check(seed, going_on=False)
             loaded = store.load(seed, state.model_state(self.wrapped), config=self.config)
             state.load_model_state(self.wrapped, loaded)
             self.journal.say(f"starting from the weights of {seed}")

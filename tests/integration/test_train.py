@@ -16,7 +16,7 @@ import psutil
 import pytest
 from launching import STEPS, TIMEOUT, command, curve, environment, train, write_tiny_run
 
-from megaspeech.checkpoint.damage import find_damage
+from megaspeech.checkpoint.checksums import find_damage
 from megaspeech.checkpoint.store import CheckpointStore
 from megaspeech.config import read_config
 from megaspeech.data.tokenizer import train_tokenizer
