@@ -123,7 +123,8 @@ def _workers(load: Load, *, steps: range, count: int, on_start: Callable[[], Non
             receiver, sender = processes.Pipe(duplex=False)
             process = processes.Process(
                 target=_send_batches,
-                kwargs={"load": load, "steps": steps[place::count], "pipe": sender, "on_start": on_start},
+                args=(load, steps[place::count]),
+                kwargs={"pipe": sender, "far_end": receiver, "on_start": on_start},
                 name=f"data worker {place} of {count}",
                 daemon=True,
             )
@@ -136,8 +137,11 @@ def _workers(load: Load, *, steps: range, count: int, on_start: Callable[[], Non
             worker.end()
 
 
-def _send_batches(*, load: Load, steps: range, pipe: Connection, on_start: Callable[[], None] | None) -> None:
-    """What a worker does, until it has sent all or is killed."""
+def _send_batches(
+    load: Load, steps: range, *, pipe: Connection, far_end: Connection, on_start: Callable[[], None] | None
+) -> None:
+    """What a worker does, until it has sent all, or is killed, or nobody holds the far end of its pipe any more."""
+    far_end.close()
     # These go to every process of a job; what they mean to the run is for the rank to decide.
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -153,7 +157,7 @@ def _send_batches(*, load: Load, steps: range, pipe: Connection, on_start: Calla
         except Exception:
             message = RuntimeError(f"the batches of step {step} could not be loaded:\n{traceback.format_exc()}")
         try:
-            pipe.send_bytes(pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
+            pipe.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
         except BrokenPipeError:  # the rank is gone
             return
         if isinstance(message, Exception):
