@@ -39,12 +39,6 @@ def _layout(sections: Mapping[str, Any], world_size: int | None) -> Iterator[str
         )
     if parallel.sequence_parallel and tp == 1:
         yield "parallel.sequence_parallel: true needs tensor_model_parallel_size of 2 or more; set it false"
-    multiple = sections["data"].length_multiple
-    if multiple % tp:
-        yield (
-            f"data.length_multiple: {multiple} is not divisible by parallel.tensor_model_parallel_size = {tp}, "
-            f"over which frames are split; use {multiple + -multiple % tp}"
-        )
 
 
 def _sizes(parallel: Any) -> tuple[int, int, int]:

@@ -123,7 +123,8 @@ class DataSection(Section):
     num_frames: Positive = 64
     """Longest sample that is trained on. A microbatch is as long as its longest sample."""
     length_multiple: Positive = 16
-    """Lengths of microbatches are rounded up to it: FP8 matrix products want 16, tensor parallelism its own size."""
+    """Lengths of microbatches are rounded up to it, and to what the layout splits frames by: FP8 matrix products want
+    16 frames on every rank."""
     task_delay: Natural = 3
     """Frames from the end of a heard word to its text."""
     speech_lead: Natural = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,13 +13,16 @@ from megaspeech.checkpoint import state, store
 from megaspeech.checkpoint.origin import StreamManifest
 from megaspeech.codecs.registry import load_codec
 from megaspeech.config import Config, write_config
+from megaspeech.data.loading import StepBatches
 from megaspeech.data.mixture import Batch, TrainBatches, valid_batches
+from megaspeech.data.rejected import RejectedSamples
 from megaspeech.data.shards import check_origins
 from megaspeech.data.tokenizer import Tokenizer
 from megaspeech.model.counting import count_flops, count_parameters
 from megaspeech.model.initialisation import initialise_from_codebooks
 from megaspeech.model.speech_text_model import SpeechTextModel
 from megaspeech.parallel.groups import Grid
+from megaspeech.parallel.lifeline import end_with_parent
 from megaspeech.parallel.reductions import sum_over_data_parallel
 from megaspeech.parallel.schedule import run_microbatches
 from megaspeech.parallel.wrap import wrap
@@ -61,9 +65,10 @@ class Trainer:
         if checkpoint.save_seed and self.step == 0:
             self.save()
         last = min(training.exit_step or training.train_steps, training.train_steps)
+        batches = self._load_ahead(last)
         while self.step < last:
             started, learning_rate = time.perf_counter(), self.wrapped.optimizer.param_groups[0]["lr"]
-            metrics, grad_norm = self.train_step(self.batches(self.step))
+            metrics, grad_norm = self.train_step(next(batches))
             self.step += 1
             if metrics is not None:
                 self.journal.step(
@@ -82,6 +87,23 @@ class Trainer:
             if self.config.logging.sample_interval and self.step % self.config.logging.sample_interval == 0:
                 self._log_sample()
         self.journal.close()
+
+    def _load_ahead(self, last: int) -> Iterator[list[Batch]]:
+        """This rank's batches from the current step on, up to `last`; what is damaged in them is accounted for."""
+        rejected = RejectedSamples(Path(self.config.run.directory) / "rejected_samples.jsonl")
+        for batches in self.valid.values():
+            rejected.take(self.step, batches)
+        loaded = StepBatches(
+            self.batches,
+            steps=range(self.step, last),
+            num_workers=self.config.data.num_workers,
+            pin_memory=self.device.type != "cpu",
+            on_start=end_with_parent,
+            say=lambda text: print(f"rank {self.grid.rank}: {text}", flush=True),  # only this rank knows
+        )
+        for step, batches in enumerate(loaded, self.step):
+            rejected.take(step, batches)
+            yield batches
 
     def train_step(self, batches: list[Batch]) -> tuple[StreamMetrics | None, float]:
         """One optimizer step over this rank's microbatches.

@@ -137,7 +137,6 @@ def test_malformed_overrides(read: Read, override: str) -> None:
             "2 x pipeline 2 = 4 ranks does not divide the 6",
         ),
         (["parallel.sequence_parallel=true"], None, "parallel.sequence_parallel: true needs"),
-        (["parallel.tensor_model_parallel_size=2", "data.length_multiple=5"], None, "length_multiple: 5"),
         (["temporal.hidden_size=66"], None, "temporal.hidden_size: 66 is not divisible by num_attention_heads = 4"),
         (["depth.hidden_size=30"], None, "depth.hidden_size: 30 is not divisible by num_attention_heads = 4"),
         (["temporal.num_query_groups=3"], None, "temporal.num_query_groups: 3 does not divide"),
@@ -189,7 +188,6 @@ def test_embedding_rows_split_over_powers_of_two_only(read: Read) -> None:
         read,
         *sizes,
         "temporal.ffn_hidden_size=192",
-        "data.length_multiple=18",
         "parallel.tensor_model_parallel_size=6",
     )
     assert "parallel.tensor_model_parallel_size: 6 must be a power of two" in fault
