@@ -97,7 +97,7 @@ class Trainer:
             self.batches,
             steps=range(self.step, last),
             num_workers=self.config.data.num_workers,
-            pin_memory=self.device.type != "cpu",
+            pin_memory=self.wrapped.device.type != "cpu",
             on_start=end_with_parent,
             say=lambda text: print(f"rank {self.grid.rank}: {text}", flush=True),  # only this rank knows
         )
