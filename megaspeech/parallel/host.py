@@ -8,6 +8,7 @@ every one; all other code is what runs on GPUs. `REPLACEMENTS` names the megatro
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -96,7 +97,16 @@ REPLACEMENTS: tuple[tuple[str, str, Any, str], ...] = (
         lambda state, *_, **__: torch.set_rng_state(state),
         "random.py:255",
     ),
-    # Names that are bound only where TransformerEngine is.
+    (
+        "megatron.core.transformer.moe.token_dispatcher",
+        "maybe_move_tensor_to_cpu",
+        lambda tensor, as_numpy=False, **_: tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor,
+        "token_dispatcher.py:876: split sizes stay tensors where they are on the CPU already",
+    ),
+)
+"""(module, name, host meaning, the megatron-core line that needs it)."""
+
+WITHOUT_TRANSFORMER_ENGINE: tuple[tuple[str, str, Any, str], ...] = (
     (
         "megatron.core.transformer.moe.moe_utils",
         "te_general_gemm",
@@ -116,14 +126,8 @@ REPLACEMENTS: tuple[tuple[str, str, Any, str], ...] = (
         "random.py:592",
     ),
     ("megatron.core.tensor_parallel.random", "fp8_autocast", lambda **_: contextlib.nullcontext(), "random.py:687"),
-    (
-        "megatron.core.transformer.moe.token_dispatcher",
-        "maybe_move_tensor_to_cpu",
-        lambda tensor, as_numpy=False, **_: tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor,
-        "token_dispatcher.py:876: split sizes stay tensors where they are on the CPU already",
-    ),
 )
-"""(module, name, host meaning, the megatron-core line that needs it)."""
+"""Likewise, for names that megatron-core binds only where TransformerEngine is; those that are bound stay."""
 
 _restore: list[Callable[[], None]] = []
 
@@ -147,12 +151,19 @@ def enable() -> None:
         )
     # All is imported before anything is replaced: modules that look at torch.cuda find it as it is.
     replacements = [(importlib.import_module(module), name, value) for module, name, value, _ in REPLACEMENTS]
+    unbound = [(importlib.import_module(module), name, value) for module, name, value, _ in WITHOUT_TRANSFORMER_ENGINE]
     mode = _HostMode()
     mode.__enter__()
     _restore.append(lambda: mode.__exit__(None, None, None))
     try:
         for owner, name, value in replacements:
-            _replace(owner, name, value)
+            original = getattr(owner, name)
+            setattr(owner, name, value)
+            _restore.append(functools.partial(setattr, owner, name, original))
+        for owner, name, value in unbound:
+            if not hasattr(owner, name):
+                setattr(owner, name, value)
+                _restore.append(functools.partial(delattr, owner, name))
     except BaseException:
         disable()
         raise
@@ -172,9 +183,3 @@ def host_ranks() -> Iterator[None]:
         yield
     finally:
         disable()
-
-
-def _replace(owner: Any, name: str, value: Any) -> None:
-    is_bound, original = hasattr(owner, name), getattr(owner, name, None)
-    setattr(owner, name, value)
-    _restore.append(lambda: setattr(owner, name, original) if is_bound else delattr(owner, name))
