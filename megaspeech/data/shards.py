@@ -23,7 +23,7 @@ from megaspeech.config import Config
 
 FORMAT = 2
 READ_SIZE = 1 << 24  # bytes
-REMEDY = "copy the shard again from where it is whole, or prepare the shards again"
+REMEDY = "copy the shard again from where it is whole, or remove its directory and prepare the shards again"
 
 
 class DamagedSampleError(ValueError):
@@ -64,7 +64,9 @@ class ShardHeader:
             raise ValueError(f"shard {prefix}: {path} is not JSON any more ({error}); {REMEDY}") from error
         missing = [field.name for field in fields(cls) if field.name not in values]
         if values.get("format") != FORMAT or missing:
-            raise ValueError(f"{path}: not a shard header of format {FORMAT}; prepare the shards again")
+            raise ValueError(
+                f"{path}: not a shard header of format {FORMAT}; remove {path.parent} and prepare the shards again"
+            )
         sequences = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
         return cls(**{**values, **sequences})
 

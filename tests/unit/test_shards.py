@@ -160,7 +160,10 @@ def test_header_of_another_format_is_refused(tmp_path: Path, change: dict) -> No
     write_shard(tmp_path / "x", samples(2), header=HEADER)
     values = {**json.loads((tmp_path / "x.json").read_text()), **change}
     (tmp_path / "x.json").write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
-    with pytest.raises(ValueError, match=rf"x\.json: not a shard header of format {FORMAT}; prepare"):
+    with pytest.raises(
+        ValueError,
+        match=rf"x\.json: not a shard header of format {FORMAT}; remove {tmp_path} and prepare the shards again",
+    ):
         Shard(tmp_path / "x")
 
 
@@ -212,7 +215,7 @@ def test_truncated_and_missing_files_are_refused_at_the_start(tmp_path: Path, su
     with pytest.raises(ValueError, match=rf"x\.{suffix} has {size - 1} bytes instead of the {size} .*; copy the shard"):
         Shard(tmp_path / "x")
     path.unlink()
-    with pytest.raises(ValueError, match=rf"x\.{suffix} is missing; copy the shard again.* or prepare"):
+    with pytest.raises(ValueError, match=rf"x\.{suffix} is missing; copy the shard again.* or remove"):
         Shard(tmp_path / "x")
 
 
