@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -105,6 +106,7 @@ def remove_grid() -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+    gc.collect()  # modules hold groups, and groups hold threads
     store = dist.PrefixStore("next", store)  # the keys of the old one are used up
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
