@@ -37,6 +37,8 @@ DEFAULT = (
 )
 STEPS = 20
 DONE = "layout done:"
+PER_LAUNCH = 12
+"""Layouts that share a launch: importing takes seconds, but torch keeps threads of every group that there was."""
 RUN = (
     *(f"training.train_steps={STEPS}", "training.micro_batch_size=2", "training.global_batch_size=8"),
     *("optimizer.lr_warmup_steps=5", "optimizer.lr=3e-3", "loss.silence_fraction=0.5", "training.eval_interval=0"),
@@ -101,15 +103,16 @@ def _launch(jobs: list[Job], arguments: argparse.Namespace, *, ranks: int, advan
     """Run jobs in one launch of torchrun; their errors go to this command's standard error."""
     launched = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
     environment = {key: value for key, value in os.environ.items() if key not in launched and "ELASTIC" not in key}
-    environment.setdefault("OMP_NUM_THREADS", "1")
+    environment |= {"OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", "1"), "PYTHONWARNINGS": "ignore"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     while jobs:
         path = jobs[0].directory.with_suffix(".jobs.json")
-        Job.write_all(jobs, path)
+        Job.write_all(jobs[:PER_LAUNCH], path)
         command = [*torchrun, str(Path(__file__).resolve()), str(arguments.config), "--jobs", str(path)]
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
             done = sum(line.startswith(DONE) and advance() is None for line in process.stdout)
-        jobs = jobs[done + 1 :]  # where one failed and took the launch with it, the others still get their turn
+        # Where one failed and took the launch with it, the others still get their turn.
+        jobs = jobs[done if done == PER_LAUNCH else done + 1 :]
 
 
 def _work(jobs: list[Job], *, config_path: Path) -> int:

@@ -30,6 +30,11 @@ class Wrapped:
         """Where the parameters are."""
         return next(self.chunks[0].parameters()).device
 
+    def release(self) -> None:
+        """Let go of what python's garbage collector cannot see: gradient hooks that hold their own model in a ring."""
+        for chunk in self.chunks:
+            getattr(chunk, "grad_accs", []).clear()
+
 
 def wrap(
     config: Config,

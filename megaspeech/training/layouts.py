@@ -161,7 +161,10 @@ def run_jobs(jobs: Iterable[Job], *, config_path: Path) -> Iterator[Job]:
         for config in configs:
             grid = groups.build_grid(config.parallel, seed=config.run.seed)
             with contextlib.redirect_stdout(io.StringIO()):
-                Trainer(config, grid=grid).run()
+                trainer = Trainer(config, grid=grid)
+                trainer.run()
+                trainer.wrapped.release()
+                del trainer
             groups.remove_grid()
         (job.directory / DONE).touch()
         yield job
