@@ -41,12 +41,12 @@ DEPTH_PACKED = {
     "depth.layers.{}.qkv.weight": "depformer.layers.{}.self_attn.in_proj_weight",
     "depth.layers.{}.proj.weight": "depformer.layers.{}.self_attn.out_proj.weight",
 }
-"""`[Q, in, out]` to `[Q * out, in]`, codebook after codebook."""
+"""`[Q * in, out]` to `[Q * out, in]`, codebook after codebook."""
 DEPTH_STACKED = {
     "depth.layers.{}.fc1.weight": "depformer.layers.{}.gating.{}.linear_in.weight",
     "depth.layers.{}.fc2.weight": "depformer.layers.{}.gating.{}.linear_out.weight",
 }
-"""`[Q, in, out]` to Q tensors `[out, in]`."""
+"""`[Q * in, out]` to Q tensors `[out, in]`."""
 
 
 def to_moshi(state: Mapping[str, Tensor], *, config: Config) -> Iterator[tuple[str, Tensor]]:
@@ -90,18 +90,22 @@ def _ungrouped(qkv: Tensor, shape: TransformerSection) -> Tensor:
 
 
 def _depth(state: Mapping[str, Tensor], *, config: Config) -> Iterator[tuple[str, Tensor]]:
-    codebooks = range(config.streams.num_codebooks)
+    codebooks = config.streams.num_codebooks
+
+    def stacked(key: str) -> Tensor:
+        return state[key].unflatten(0, (codebooks, -1))
+
     for layer in range(config.depth.num_layers):
         for native, name in DEPTH_NORMS.items():
             yield name.format(layer), state[native.format(layer)].view(1, 1, -1)
         for native, name in DEPTH_PACKED.items():
-            yield name.format(layer), state[native.format(layer)].transpose(1, 2).flatten(0, 1)
+            yield name.format(layer), stacked(native.format(layer)).transpose(1, 2).flatten(0, 1)
         for native, name in DEPTH_STACKED.items():
-            for codebook in codebooks:
-                yield name.format(layer, codebook), state[native.format(layer)][codebook].T
-    for codebook in codebooks:
-        yield f"depformer_in.{codebook}.weight", state["depth.input.weight"][codebook].T
-        yield f"linears.{codebook}.weight", state["depth.heads.weight"][codebook].T
+            for codebook, weight in enumerate(stacked(native.format(layer))):
+                yield name.format(layer, codebook), weight.T
+    for codebook in range(codebooks):
+        yield f"depformer_in.{codebook}.weight", stacked("depth.input.weight")[codebook].T
+        yield f"linears.{codebook}.weight", stacked("depth.heads.weight")[codebook].T
 
 
 def moshi_config(config: Config) -> dict:

@@ -19,6 +19,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from megaspeech.parallel.megatron_fsdp import take_rows, whole
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAIN = "fp32_param"
 
@@ -43,7 +45,7 @@ def optimizer_state(
     tensors = {}
     for place, part in enumerate(_parts(optimizer)):
         _make_state(part)
-        if isinstance(part, DistributedOptimizer):
+        if _is_by_range(part):
             by_parameter = part.sharded_param_state_fully_reshardable(model_state, is_loading, metadata)
             tensors[f"part{place}"] = {index: _renamed(values) for index, values in by_parameter.items()}
         else:
@@ -57,15 +59,34 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) ->
     for place, part in enumerate(_parts(optimizer)):
         loaded = state["tensors"].get(f"part{place}", {})
         _make_state(part)
-        if isinstance(part, DistributedOptimizer):
+        if _is_by_range(part):
             _without_steps(part)  # distrib_optimizer.py:939 looks for every entry of the state among the loaded ones
             part.load_parameter_state_from_fully_reshardable(loaded)
         else:
             for index, (_, main) in enumerate(_model_and_main(part)):
                 own = {MAIN: main, **{name: part.optimizer.state[main][name] for name in MOMENTS}}
                 for name, tensor in own.items():
-                    _local(tensor).copy_(loaded[index][name])
+                    _fill(part, tensor, loaded[index][name])
         _set_num_updates(part, state["num_updates"])
+
+
+def _is_by_range(part: MegatronOptimizer) -> bool:
+    """Whether a rank holds ranges of a flat buffer, as the distributed optimizer does; Megatron-FSDP's holds rows."""
+    return isinstance(part, DistributedOptimizer) and not part.ddp_config.use_megatron_fsdp
+
+
+def _saved(part: MegatronOptimizer, tensor: Tensor) -> Tensor:
+    """What a checkpoint holds of a tensor of this rank's."""
+    if isinstance(part, DistributedOptimizer):
+        return whole(tensor)
+    return _local(tensor)
+
+
+def _fill(part: MegatronOptimizer, tensor: Tensor, values: Tensor) -> None:
+    if isinstance(part, DistributedOptimizer):
+        take_rows(tensor, values)
+    else:
+        _local(tensor).copy_(values)
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
@@ -117,7 +138,7 @@ def _sharded_like_parameters(
         place = places[id(model_parameter)]
         own = {MAIN: main.detach(), **{name: part.optimizer.state[main][name] for name in MOMENTS}}
         yield {
-            name: with_data(place, key=f"optimizer.state.{name}.{place.key}", data=_local(tensor))
+            name: with_data(place, key=f"optimizer.state.{name}.{place.key}", data=_saved(part, tensor))
             for name, tensor in own.items()
         }
 

@@ -21,7 +21,10 @@ from megaspeech.config.schema import ParallelSection
 from megaspeech.model.speech_text_model import SpeechTextModel
 from megaspeech.parallel import groups
 from megaspeech.parallel.fsdp2 import FullyShardedChunk
+from megaspeech.parallel.megatron_fsdp import MegatronShardedChunk
 from megaspeech.parallel.wrap import Wrapped
+
+FULLY_SHARDED = (FullyShardedChunk, MegatronShardedChunk)
 
 
 def metadata() -> dict[str, Any]:
@@ -71,7 +74,7 @@ def _model_and_places(wrapped: Wrapped) -> tuple[dict[str, Any], dict[int, Shard
     """(sharded state of each chunk; each parameter's place in it, by `id`)."""
     state, places = {}, {}
     for index, (model, chunk) in enumerate(zip(wrapped.models, wrapped.chunks, strict=True)):
-        if isinstance(chunk, FullyShardedChunk):
+        if isinstance(chunk, FULLY_SHARDED):
             state[f"chunk{index}"], own = chunk.sharded_state_dict(metadata=metadata())
         else:
             state[f"chunk{index}"] = model.sharded_state_dict(metadata=metadata())
@@ -96,8 +99,8 @@ def _in_precision_of(wrapped: Wrapped, state: dict[str, Any]) -> dict[str, Any]:
 
 def _load_models(wrapped: Wrapped, state: dict[str, Any]) -> None:
     for index, (model, chunk) in enumerate(zip(wrapped.models, wrapped.chunks, strict=True)):
-        if isinstance(chunk, FullyShardedChunk):
-            chunk.load_local_shards(state[f"chunk{index}"])
+        if isinstance(chunk, FULLY_SHARDED):
+            chunk.load(state[f"chunk{index}"])
         else:
             model.load_state_dict(state[f"chunk{index}"])
 

@@ -136,13 +136,17 @@ def _drawn_layout(layers: int, parallel: Any) -> Iterator[str]:
 def _experts(sections: Mapping[str, Any], world_size: int | None) -> Iterator[str]:
     temporal, parallel = sections["temporal"], sections["parallel"]
     tp, pp, _ = _sizes(parallel)
-    ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
+    ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_size
     experts = temporal.num_moe_experts
     if experts is None:
-        for key, size in (("expert_model_parallel_size", ep), ("expert_tensor_parallel_size", etp)):
-            if size > 1:
-                yield f"parallel.{key}: {size}, but the model has no experts; set temporal.num_moe_experts, or 1"
+        if ep > 1:
+            yield f"parallel.expert_model_parallel_size: {ep}, but the model has no experts; set num_moe_experts"
         return
+    if ep == 1 and etp != tp:
+        yield (
+            f"parallel.expert_tensor_parallel_size: {etp}, but experts that are not spread over ranks are shared by "
+            f"all {tp} tensor parallel ones; leave it out"
+        )
     if experts % ep:
         yield f"temporal.num_moe_experts: {experts} is not divisible by parallel.expert_model_parallel_size = {ep}"
     if temporal.moe_router_topk > experts:

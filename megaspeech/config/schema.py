@@ -162,8 +162,8 @@ class ParallelSection(Section):
     """Which layers each stage holds, in megatron-core's letters: "Et*3|t*4|tL" for embedding, transformer, loss."""
     context_parallel_size: Positive = 1
     expert_model_parallel_size: Positive = 1
-    expert_tensor_parallel_size: Positive = 1
-    """Ranks that share one expert; 1, as large experts are few and small ones gain nothing from it."""
+    expert_tensor_parallel_size: Positive | None = None
+    """Ranks that share one expert; unset, see `expert_tensor_size`."""
     data_parallel: Literal["ddp", "fsdp2", "megatron_fsdp"] = "ddp"
     """Whole replicas, or torch's or Megatron's fully sharded data parallelism."""
     use_distributed_optimizer: bool = True
@@ -172,6 +172,12 @@ class ParallelSection(Section):
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: Positive | None = None
     recompute_modules: tuple[str, ...] | None = None
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """Ranks that share one expert: 1 where experts are spread, else all of the tensor parallel ones."""
+        spread = self.expert_model_parallel_size > 1
+        return self.expert_tensor_parallel_size or (1 if spread else self.tensor_model_parallel_size)
 
     @property
     def num_chunks(self) -> int:

@@ -201,7 +201,7 @@ def valid_batches(config: Config, *, dp_rank: int, dp_size: int) -> Mapping[str,
         # Every rank runs the same number of microbatches, the last ones perhaps empty. An interleaved pipeline takes
         # them in turns of one a stage.
         rounds = -(-count // (size * dp_size))
-        if config.parallel.virtual_pipeline_model_parallel_size is not None:
+        if config.parallel.num_chunks > 1:
             rounds += -rounds % config.parallel.pipeline_model_parallel_size
         starts = range(dp_rank * size, rounds * dp_size * size, dp_size * size)
         groups = [

@@ -26,18 +26,40 @@ from megaspeech.model.embedding import padded_rows, table_offsets
 
 
 class CodebookLinear(torch.nn.Module):
-    """One weight a codebook, `[Q, in, out]`, drawn uniformly within +-1/sqrt(in) as torch's Linear (and moshi) does."""
+    """One matrix a codebook, drawn uniformly within +-1/sqrt(in) as torch's Linear (and moshi) does.
+
+    The parameter is `[Q * in, out]`, because Megatron-FSDP shards rows of the first axis and cuts through larger ones.
+    """
 
     def __init__(self, num_codebooks: int, width_in: int, width_out: int, *, dtype: torch.dtype) -> None:
         super().__init__()
-        bound = 1 / math.sqrt(width_in)
-        self.weight = torch.nn.Parameter(
-            torch.empty(num_codebooks, width_in, width_out).uniform_(-bound, bound).to(dtype)
-        )
+        self.num_codebooks, bound = num_codebooks, 1 / math.sqrt(width_in)
+        drawn = torch.empty(num_codebooks, width_in, width_out).uniform_(-bound, bound)
+        self.weight = torch.nn.Parameter(drawn.to(dtype).flatten(0, 1))
+
+    @property
+    def weight_QIO(self) -> Tensor:
+        """`[Q, in, out]`."""
+        return self.weight.unflatten(0, (self.num_codebooks, -1))
 
     def forward(self, x_QNI: Tensor) -> Tensor:
         """`[Q, N, in]`, or `[N, in]` shared by the codebooks, -> `[Q, N, out]`."""
-        return torch.matmul(x_QNI, self.weight)
+        return torch.matmul(x_QNI, self.weight_QIO)
+
+
+class CodebookHeads(CodebookLinear):
+    """The codebooks' heads, with their cross entropies."""
+
+    def __init__(self, *sizes: int, kernels: Kernels, dtype: torch.dtype) -> None:
+        super().__init__(*sizes, dtype=dtype)
+        self.kernel = kernels.codebook_cross_entropy.codebook_cross_entropy
+
+    def forward(self, x_QND: Tensor, targets_QN: Tensor | None = None) -> tuple[Tensor, Tensor] | Tensor:
+        """(cross entropy FP32, correct) `[Q, N]` each, where a target of -1 costs nothing; without targets the logits
+        `[Q, N, V]` FP32."""
+        if targets_QN is None:
+            return super().forward(x_QND).float()
+        return self.kernel(x_QND, self.weight_QIO, targets_QN)
 
 
 class DepthNorm(torch.nn.Module):
@@ -57,7 +79,7 @@ class DepthLayer(torch.nn.Module):
     """x + proj(attention(norm(x))), then x + out(silu(gate) * up), per codebook."""
 
     is_sharded_alone = True
-    """Fully sharded data parallelism gathers its parameters for it alone."""
+    """Fully sharded data parallelism gathers its parameters when it is called."""
 
     def __init__(self, config: Config, *, kernels: Kernels, dtype: torch.dtype) -> None:
         super().__init__()
@@ -91,7 +113,6 @@ class DepthTransformer(MegatronModule):
         super().__init__(megatron)
         streams, shape, dtype = config.streams, config.depth, megatron.params_dtype
         self.embedding_kernel = kernels.stream_embedding.packed_embedding
-        self.head_kernel = kernels.codebook_cross_entropy.codebook_cross_entropy
         # Codebook q reads text for q = 0, codebook q - 1 otherwise: the first Q streams, the last codebook left out.
         read = streams.cardinalities[: streams.num_codebooks]
         self.input = CodebookLinear(streams.num_codebooks, config.temporal.hidden_size, shape.hidden_size, dtype=dtype)
@@ -101,7 +122,8 @@ class DepthTransformer(MegatronModule):
         self.layers = torch.nn.ModuleList(
             DepthLayer(config, kernels=kernels, dtype=dtype) for _ in range(shape.num_layers)
         )
-        self.heads = CodebookLinear(streams.num_codebooks, shape.hidden_size, streams.cardinality, dtype=dtype)
+        sizes = (streams.num_codebooks, shape.hidden_size, streams.cardinality)
+        self.heads = CodebookHeads(*sizes, kernels=kernels, dtype=dtype)
         for parameter in self.parameters():
             parameter.tensor_parallel_partial = True  # each rank saw its frames only: see parallel.reductions
 
@@ -123,10 +145,8 @@ class DepthTransformer(MegatronModule):
             x_QND = tensor_parallel.checkpoint(layer, False, x_QND) if recompute else layer(x_QND)
         return x_QND
 
-    def forward(self, hidden_NH: Tensor, tokens_QN: Tensor, targets_QN: Tensor) -> tuple[Tensor, Tensor]:
-        """(cross entropy FP32, correct) `[Q, N]` each; a target of -1 costs nothing."""
-        return self.head_kernel(self.hidden(hidden_NH, tokens_QN), self.heads.weight, targets_QN)
-
-    def logits(self, hidden_NH: Tensor, tokens_QN: Tensor) -> Tensor:
-        """Logits `[Q, N, V]` FP32, for checks against other runtimes."""
-        return self.heads(self.hidden(hidden_NH, tokens_QN)).float()
+    def forward(
+        self, hidden_NH: Tensor, tokens_QN: Tensor, targets_QN: Tensor | None = None
+    ) -> tuple[Tensor, Tensor] | Tensor:
+        """What `CodebookHeads` gives for the frames."""
+        return self.heads(self.hidden(hidden_NH, tokens_QN), targets_QN)

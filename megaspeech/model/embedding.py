@@ -37,6 +37,9 @@ def padded_rows(cardinalities: Sequence[int]) -> int:
 class StreamEmbedding(MegatronModule):
     """Raw codes to the temporal transformer's input; delays and initial tokens are applied on the way."""
 
+    is_sharded_alone = True
+    """Fully sharded data parallelism gathers its parameters when it is called."""
+
     def __init__(self, streams: StreamsSection, *, megatron: TransformerConfig, kernels: Kernels) -> None:
         super().__init__(megatron)
         self.kernel = kernels.stream_embedding.stream_embedding

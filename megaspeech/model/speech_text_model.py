@@ -109,7 +109,7 @@ class SpeechTextModel(MegatronModule):
         if self.config.sequence_parallel:
             hidden_TBH = gather_from_sequence_parallel_region(hidden_TBH, tensor_parallel_output_grad=False)
         text_TBV, hidden_TBH = from_context_ranks(text_TBV), from_context_ranks(hidden_TBH)
-        audio_QNV = self.depth.logits(hidden_TBH.flatten(0, 1), _frames_first(tokens_BPT)[:-1].flatten(1))
+        audio_QNV = self.depth(hidden_TBH.flatten(0, 1), _frames_first(tokens_BPT)[:-1].flatten(1))
         audio_QTBV = audio_QNV.unflatten(1, hidden_TBH.shape[:2])
         return text_TBV.transpose(0, 1).float(), audio_QTBV.permute(2, 0, 1, 3)
 

@@ -85,10 +85,10 @@ def _layout(parallel: ParallelSection) -> dict[str, Any]:
         "pipeline_model_parallel_layout",
         "context_parallel_size",
         "expert_model_parallel_size",
-        "expert_tensor_parallel_size",
         "recompute_granularity",
     )
     fields = {name: getattr(parallel, name) for name in same}
+    fields["expert_tensor_parallel_size"] = parallel.expert_tensor_size
     # Interleaved stages send forward and backward at once: in one batch they would be mixed up between two ranks.
     interleaved = parallel.num_chunks > 1
     fields |= {"overlap_p2p_comm": interleaved, "batch_p2p_comm": not interleaved}

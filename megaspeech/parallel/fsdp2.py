@@ -7,8 +7,6 @@ the forward and the backward pass of its layer, and gradients are reduced in FP3
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -24,11 +22,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from megaspeech.parallel.stand_ins import sharded_state_dict
+
 
 class FullyShardedChunk(_BaseDataParallel):
     """A model chunk whose parameters are sharded over the data (and context) parallel ranks.
 
-    Each layer of the temporal and of the depth transformer is gathered by itself; embedding, heads and norms together.
+    Each transformer layer, and each module that says `is_sharded_alone`, is gathered by itself, the rest together.
     """
 
     def __init__(self, model: MegatronModule) -> None:
@@ -46,7 +46,7 @@ class FullyShardedChunk(_BaseDataParallel):
         }
         # torch makes new parameters of them and forgets what megatron-core wrote on the old ones.
         marks = {name: vars(parameter).copy() for name, parameter in model.named_parameters()}
-        for module in model.modules():
+        for module in reversed(list(model.modules())):  # the inner ones first
             if isinstance(module, TransformerLayer) or getattr(module, "is_sharded_alone", False):
                 fully_shard(module, **options)
         fully_shard(model, **options)
@@ -72,42 +72,13 @@ class FullyShardedChunk(_BaseDataParallel):
         for module in self.module.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # after a forward pass alone, what was gathered is still there
-        parameters: dict[int, DTensor] = {}
-        with _local_parameters(self.module, parameters):
-            state = self.module.sharded_state_dict(metadata=metadata)
-        places: dict[int, ShardedBase] = {}
-
-        def cut(place: Any) -> Any:
-            if not isinstance(place, ShardedBase) or id(place.data) not in parameters:
-                return place
-            parameter = parameters[id(place.data)]
-            places[id(parameter)] = _cut(place, parameter)
-            return places[id(parameter)]
-
-        return dict_list_map_outplace(cut, state), places
+        return sharded_state_dict(self.module, metadata=metadata, stand_in=DTensor.to_local, place=_cut)
 
     @torch.no_grad()
-    def load_local_shards(self, state: dict[str, Any]) -> None:
+    def load(self, state: dict[str, Any]) -> None:
         """Put what `sharded_state_dict` described, loaded, into the parameters."""
         for name, parameter in self.module.named_parameters():
             parameter.to_local().copy_(state[name])
-
-
-@contextlib.contextmanager
-def _local_parameters(module: torch.nn.Module, parameters: dict[int, DTensor]) -> Iterator[None]:
-    """Lets modules see their shards as plain parameters; `parameters` is filled with what these stand for, by `id`."""
-    owners = [(owner, *item) for owner in module.modules() for item in owner._parameters.items() if item[1] is not None]
-    stand_ins = []  # kept until the end, or their ids would be given to others
-    for owner, name, value in owners:
-        stand_in = torch.nn.Parameter(value.to_local().detach())
-        vars(stand_in).update(vars(value))
-        parameters[id(stand_in)], owner._parameters[name] = value, stand_in
-        stand_ins.append(stand_in)
-    try:
-        yield
-    finally:
-        for owner, name, value in owners:
-            owner._parameters[name] = value
 
 
 def _cut(place: ShardedBase, parameter: DTensor) -> ShardedBase:

@@ -74,7 +74,7 @@ def build_grid(parallel: ParallelSection, *, seed: int) -> Grid:
         parallel.num_chunks if parallel.num_chunks > 1 else None,
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_size,
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return current_grid(parallel)

@@ -31,9 +31,9 @@ class _HostStream:
     def __exit__(self, *_: object) -> bool:
         return False
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
+    def __getattr__(self, name: str) -> Callable[..., _HostStream]:
         if name in ("wait_stream", "wait_event", "record", "record_event", "wait", "synchronize"):
-            return lambda *_, **__: None
+            return lambda *_, **__: self  # record_event gives an event, on which experts' dispatcher waits
         raise AttributeError(name)
 
 

@@ -35,9 +35,8 @@ def finalise_gradients(chunks: list[torch.nn.Module], num_tokens: Tensor | None 
 
 def local_gradient(parameter: Tensor) -> Tensor:
     """This rank's part of a parameter's gradient: megatron-core's buffer, or the local shard of torch's FSDP."""
-    if hasattr(parameter, "main_grad"):
-        return parameter.main_grad
-    return parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+    gradient = parameter.main_grad if hasattr(parameter, "main_grad") else parameter.grad
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
 def sum_over_data_parallel(values: Tensor) -> Tensor:

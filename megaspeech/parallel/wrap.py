@@ -13,6 +13,7 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 
 from megaspeech.config import Config
 from megaspeech.parallel.fsdp2 import FullyShardedChunk
+from megaspeech.parallel.megatron_fsdp import MegatronShardedChunk
 from megaspeech.parallel.reductions import finalise_gradients
 
 
@@ -77,7 +78,11 @@ def _fsdp2(model: MegatronModule, config: Config, index: int) -> torch.nn.Module
     return FullyShardedChunk(model)
 
 
-_DATA_PARALLEL = {"ddp": _ddp, "fsdp2": _fsdp2}
+def _megatron_fsdp(model: MegatronModule, config: Config, index: int) -> torch.nn.Module:
+    return MegatronShardedChunk(model)
+
+
+_DATA_PARALLEL = {"ddp": _ddp, "fsdp2": _fsdp2, "megatron_fsdp": _megatron_fsdp}
 
 
 def _fuse(optimizer: MegatronOptimizer) -> None:
@@ -90,9 +95,10 @@ def _fuse(optimizer: MegatronOptimizer) -> None:
 
 
 def _optimizer_config(config: Config) -> OptimizerConfig:
-    section, ddp = config.optimizer, config.parallel.data_parallel == "ddp"
-    # Both kinds of FSDP keep FP32 shards and compute in what is gathered from them: they have no other main parameters.
-    bf16 = config.training.params_dtype == "bf16" and ddp
+    section, parallel = config.optimizer, config.parallel
+    # torch's FSDP keeps FP32 shards and computes in what is gathered from them: it has no other main parameters.
+    bf16 = config.training.params_dtype == "bf16" and parallel.data_parallel != "fsdp2"
+    distributed = {"ddp": parallel.use_distributed_optimizer, "fsdp2": False, "megatron_fsdp": True}
     return OptimizerConfig(
         optimizer="adam",
         lr=section.lr,
@@ -104,7 +110,7 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
         clip_grad=section.clip_grad,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         bf16=bf16,
-        use_distributed_optimizer=config.parallel.use_distributed_optimizer and ddp,
+        use_distributed_optimizer=distributed[parallel.data_parallel],
     )
 
 

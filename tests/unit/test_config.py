@@ -220,6 +220,10 @@ PIPELINE = "parallel.pipeline_model_parallel_size=2"
         (["parallel.expert_model_parallel_size=2"], "the model has no experts"),
         (["model.preset=tiny-moe", "parallel.expert_model_parallel_size=2"], None),
         (["model.preset=tiny-moe", "parallel.expert_model_parallel_size=3"], "num_moe_experts: 4 is not divisible"),
+        (
+            ["model.preset=tiny-moe", "parallel.expert_tensor_parallel_size=2"],
+            "size: 2, but experts",
+        ),
         (["model.preset=tiny-moe", "temporal.moe_router_topk=5"], "temporal.moe_router_topk: 5 of 4 experts"),
         (["model.preset=tiny-moe", "parallel.tensor_model_parallel_size=2"], "parallel.sequence_parallel: experts"),
         (
