@@ -182,10 +182,14 @@ class CheckpointStore:
         return [note for path in old if (note := remove(path))]
 
     def _give_up(self, aside: Path) -> str:
+        """Remove what was begun; says what there is."""
         shutil.rmtree(aside, ignore_errors=True)
         with contextlib.suppress(OSError):
             (self.directory / f"{LATEST}{UNFINISHED}").unlink()
-        there = self._candidates()
+        try:
+            there = self._candidates()
+        except OSError:
+            return "those before it are untouched"
         return f"{there[0].name}, saved before, is untouched" if there else "there is none before it"
 
 
