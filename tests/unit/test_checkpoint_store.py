@@ -19,7 +19,9 @@ from one_rank import one_rank  # noqa: F401  a fixture
 from small_store import loaded, make_state, make_store, save, steps, two_steps  # noqa: F401  a fixture
 
 from megaspeech.checkpoint.checksums import find_damage
+from megaspeech.checkpoint.ranks import RankFailure, Ranks
 from megaspeech.checkpoint.store import CheckpointStore, SaveError, check_whole
+from megaspeech.checkpoint.writing import write_snapshots
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 NOBODY = 65534
@@ -209,6 +211,28 @@ def test_a_write_that_fails(two: CheckpointStore, tmp_path: Path, room: int, in_
             store.finish(blocking=True)
     assert "step_00000002, saved before, is untouched" in str(failure.value)
     _assert_intact(store)
+
+
+def test_a_file_that_the_first_rank_does_not_see(
+    two: CheckpointStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node whose disk is not mounted writes below the mount point, and is none the wiser."""
+
+    def write_elsewhere(snapshot: object, directory: Path, *, ranks: Ranks) -> dict:
+        checksums = write_snapshots(snapshot, directory, ranks=ranks)
+        (directory / "__0_0.distcp").rename(tmp_path / "elsewhere")
+        return checksums
+
+    store = _copy(two, tmp_path)
+    with monkeypatch.context() as patched, pytest.raises(SaveError, match="__0_0.distcp is not .* one file system?"):
+        patched.setattr("megaspeech.checkpoint.store.write_snapshots", write_elsewhere)
+        save(store, 3)
+    _assert_intact(store)
+
+
+def test_equal_failures_are_said_once() -> None:
+    reasons = {3: "Input/output error", 0: "No space left on device", 2: "Input/output error"}
+    assert str(RankFailure(reasons)) == "rank 0: No space left on device; ranks 2, 3: Input/output error"
 
 
 def test_a_disk_without_room_is_found_out_before(two: CheckpointStore, tmp_path: Path) -> None:
