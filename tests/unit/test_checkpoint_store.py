@@ -127,6 +127,9 @@ def test_latest_may_name_an_older_checkpoint(two: CheckpointStore, tmp_path: Pat
     assert store.latest_step() == 2  # the newest
     pointer.write_text("step_00000001\n")
     assert store.latest_step() == 1
+    _flip(store.directory / "step_00000001" / "common.pt")
+    with pytest.raises(ValueError, match="holds no whole checkpoint"):  # newer ones are of another course
+        store.search()
     pointer.write_text("step_00000003\n")  # removed by hand
     damaged = f"{store.directory}/step_00000003: checksums.json is missing"
     assert store.search() == (store.directory / "step_00000002", [damaged])
@@ -213,14 +216,15 @@ def test_a_write_that_fails(two: CheckpointStore, tmp_path: Path, room: int, in_
     _assert_intact(store)
 
 
-def test_a_file_that_the_first_rank_does_not_see(
-    two: CheckpointStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("harm", [os.remove, _shorten])
+def test_a_file_that_the_first_rank_sees_otherwise(
+    two: CheckpointStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: Callable[[Path], None]
 ) -> None:
     """A node whose disk is not mounted writes below the mount point, and is none the wiser."""
 
     def write_elsewhere(snapshot: object, directory: Path, *, ranks: Ranks) -> dict:
         checksums = write_snapshots(snapshot, directory, ranks=ranks)
-        (directory / "__0_0.distcp").rename(tmp_path / "elsewhere")
+        harm(directory / "__0_0.distcp")
         return checksums
 
     store = _copy(two, tmp_path)
