@@ -51,8 +51,9 @@ def test_a_save_in_the_background_holds_what_was_there_when_it_began(
     assert store.finish(blocking=False) is None
     with pytest.raises(AssertionError, match="one save at a time"):
         store.save(make_state(weights, step=8), step=8)
-    gate.set()
-    path = store.finish(blocking=True).path
+    threading.Timer(0.05, gate.set).start()
+    assert store.latest_step() == 7  # waits for it
+    path = store.finish(blocking=False).path
     assert store.search() == (path, [])
     assert torch.equal(loaded(store, path, like=weights)["w"], expected)
 
