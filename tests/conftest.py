@@ -1,4 +1,4 @@
-"""Makes `synthetic.py`, shared by the tests, importable."""
+"""Makes `launching.py` and `one_rank.py`, shared by the tests, importable."""
 
 import sys
 from pathlib import Path

@@ -8,9 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from synthetic import write_synthetic_shards
-
 from megaspeech.config import read_config
+from megaspeech.data.synthetic import write_synthetic_shards
 
 TIMEOUT = 300  # seconds
 STEPS = 20

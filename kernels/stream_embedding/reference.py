@@ -27,7 +27,14 @@ def delayed_codes(codes_BST: Tensor, *, shifts: Tensor, fill: Tensor) -> Tensor:
 
 
 def stream_embedding(
-    codes_BST: Tensor, table_RH: Tensor, *, delays: Tensor, initial: Tensor, offsets: Tensor, first_row: int = 0
+    codes_BST: Tensor,
+    table_RH: Tensor,
+    *,
+    delays: Tensor,
+    initial: Tensor,
+    offsets: Tensor,
+    first_row: int = 0,
+    frames: Tensor | None = None,
 ) -> Tensor:
     """The partial sum over streams of the rows that this rank holds.
 
@@ -38,11 +45,14 @@ def stream_embedding(
         initial: initial token of each stream `[S]`, read before the first frame.
         offsets: the stream's first row in the whole table `[S]`.
         first_row: row range of this rank.
+        frames: which frames are wanted, where a context parallel rank holds some of them only; None for all.
 
     Returns:
-        `[T, B, H]`; summed over the ranks that share the table it is the embedding.
+        `[T, B, H]` of the frames wanted; summed over the ranks that share the table it is the embedding.
     """
     tokens_BST = delayed_codes(codes_BST, shifts=delays + 1, fill=initial)
+    if frames is not None:
+        tokens_BST = tokens_BST[..., frames]
     return packed_embedding(tokens_BST, table_RH, offsets=offsets, first_row=first_row).transpose(0, 1).contiguous()
 
 

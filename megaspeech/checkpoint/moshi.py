@@ -105,8 +105,17 @@ def _depth(state: Mapping[str, Tensor], *, config: Config) -> Iterator[tuple[str
 
 
 def moshi_config(config: Config) -> dict:
-    """The runtime's `config.json`: arguments of `LMModel`, and nothing it does not know."""
+    """The runtime's `config.json`: arguments of `LMModel`, and nothing it does not know.
+
+    Raises:
+        ValueError: the model has what the runtime knows nothing of.
+    """
     streams, temporal, depth = config.streams, config.temporal, config.depth
+    if temporal.num_moe_experts is not None:
+        raise ValueError(
+            f"temporal.num_moe_experts: {temporal.num_moe_experts}, but the moshi runtime has no mixtures of experts; "
+            f"only models without can be exported"
+        )
     return {
         "model_type": "moshi",
         "moshi_name": WEIGHTS_FILE,
@@ -156,11 +165,11 @@ def _feed_forward(shape: TransformerSection) -> int:
 
 def write_moshi(state: Mapping[str, Tensor], directory: str | Path, *, config: Config) -> Path:
     """Write `config.json` and `model.safetensors`; the config comes last, so a folder with one is whole."""
-    directory = Path(directory)
+    directory, values = Path(directory), moshi_config(config)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous().clone() for name, tensor in to_moshi(state, config=config)}
     save_file(tensors, directory / WEIGHTS_FILE)
     aside = directory / f"{CONFIG_FILE}.part"
-    aside.write_text(json.dumps(moshi_config(config), indent=1), encoding="utf-8")
+    aside.write_text(json.dumps(values, indent=1), encoding="utf-8")
     os.replace(aside, directory / CONFIG_FILE)
     return directory

@@ -1,49 +1,53 @@
-"""A run's state as one sharded dict that loads on any layout: model, optimizer, schedule, and the step."""
+"""A run's state as one sharded dict that loads on any layout: model, optimizer, schedule, and the step.
+
+The random state is not part of it: nothing in a step is drawn, and the data's draws follow from the step.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase
 
+from megaspeech.checkpoint.optimizer_state import load_optimizer_state, optimizer_state, with_data
 from megaspeech.checkpoint.store import CONFIG, check_whole, load
 from megaspeech.config import Config, read_config
 from megaspeech.config.schema import ParallelSection
 from megaspeech.model.speech_text_model import SpeechTextModel
 from megaspeech.parallel import groups
+from megaspeech.parallel.fsdp2 import FullyShardedChunk
 from megaspeech.parallel.wrap import Wrapped
 
-SHARDING = "fully_reshardable"
-"""The optimizer's state by parameter, not by rank: loads on any layout. megatron-core's default does not."""
 
-
-def metadata(*, distributed_optimizer: bool) -> dict[str, Any]:
+def metadata() -> dict[str, Any]:
     """What megatron-core's `sharded_state_dict` methods want to know about the format."""
-    values = {
+    return {
         "chained_optim_avoid_prefix": True,
         "singleton_local_shards": False,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        # The distributed optimizer's state by parameter, not by rank; megatron-core's default loads on one layout only.
+        "distrib_optim_sharding_type": "fully_reshardable",
     }
-    if distributed_optimizer:
-        values["distrib_optim_sharding_type"] = SHARDING
-    return values
 
 
-def model_state(wrapped: Wrapped, *, distributed_optimizer: bool) -> dict[str, Any]:
+def model_state(wrapped: Wrapped) -> dict[str, Any]:
     """The model alone, as a seed checkpoint holds it."""
-    meta = metadata(distributed_optimizer=distributed_optimizer)
-    return {"model": wrapped.model.sharded_state_dict(metadata=meta)}
+    state, _ = _model_and_places(wrapped)
+    return {"model": _in_precision_of(wrapped, state)}
 
 
-def run_state(wrapped: Wrapped, *, step: int, distributed_optimizer: bool, is_loading: bool) -> dict[str, Any]:
+def run_state(wrapped: Wrapped, *, step: int, is_loading: bool = False) -> dict[str, Any]:
     """Everything that goes on. The data position is the step: batches are a function of it (`data.mixture`)."""
-    meta = metadata(distributed_optimizer=distributed_optimizer)
-    state = model_state(wrapped, distributed_optimizer=distributed_optimizer)
+    state, places = _model_and_places(wrapped)
+    options = {"places": places, "metadata": metadata(), "is_loading": is_loading}
     return {
-        **state,
-        "optimizer": wrapped.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=meta),
+        "model": _in_precision_of(wrapped, state),
+        "optimizer": optimizer_state(wrapped.optimizer, state, **options),
         "scheduler": wrapped.scheduler.state_dict(),
         "step": step,
     }
@@ -51,16 +55,51 @@ def run_state(wrapped: Wrapped, *, step: int, distributed_optimizer: bool, is_lo
 
 def load_model_state(wrapped: Wrapped, state: dict[str, Any]) -> None:
     """Put a loaded model into place, and let the optimizer copy it where it keeps copies."""
-    wrapped.model.load_state_dict(state["model"])
+    _load_models(wrapped, state["model"])
     wrapped.optimizer.reload_model_params()
 
 
 def load_run_state(wrapped: Wrapped, state: dict[str, Any]) -> int:
     """Put a loaded run into place; returns the step to go on with."""
-    wrapped.model.load_state_dict(state["model"])
-    wrapped.optimizer.load_state_dict(state["optimizer"])
+    _load_models(wrapped, state["model"])
+    load_optimizer_state(wrapped.optimizer, state["optimizer"])
     wrapped.scheduler.load_state_dict(state["scheduler"])
     return state["step"]
+
+
+def _model_and_places(wrapped: Wrapped) -> tuple[dict[str, Any], dict[int, ShardedBase]]:
+    """(sharded state of each chunk; each parameter's place in it, by `id`)."""
+    state, places = {}, {}
+    for index, (model, chunk) in enumerate(zip(wrapped.models, wrapped.chunks, strict=True)):
+        if isinstance(chunk, FullyShardedChunk):
+            state[f"chunk{index}"], own = chunk.sharded_state_dict(metadata=metadata())
+        else:
+            state[f"chunk{index}"] = model.sharded_state_dict(metadata=metadata())
+            own = {id(x.data): x for x in nested_values(state[f"chunk{index}"]) if isinstance(x, ShardedBase)}
+        places.update(own)
+    return state, places
+
+
+def _in_precision_of(wrapped: Wrapped, state: dict[str, Any]) -> dict[str, Any]:
+    """Weights in the run's precision, which fully sharded ones are gathered in and not kept in."""
+    dtype = wrapped.models[0].config.params_dtype
+
+    def cast(place: Any) -> Any:
+        if not isinstance(place, ShardedBase) or not isinstance(place.data, torch.nn.Parameter):
+            return place
+        if place.data.dtype is dtype:
+            return place
+        return with_data(place, key=place.key, data=place.data.detach().to(dtype))
+
+    return dict_list_map_outplace(cast, state)
+
+
+def _load_models(wrapped: Wrapped, state: dict[str, Any]) -> None:
+    for index, (model, chunk) in enumerate(zip(wrapped.models, wrapped.chunks, strict=True)):
+        if isinstance(chunk, FullyShardedChunk):
+            chunk.load_local_shards(state[f"chunk{index}"])
+        else:
+            model.load_state_dict(state[f"chunk{index}"])
 
 
 def load_whole_model(path: str | Path) -> tuple[SpeechTextModel, Config]:
@@ -70,11 +109,10 @@ def load_whole_model(path: str | Path) -> tuple[SpeechTextModel, Config]:
     """
     check_whole(path)
     config = read_config(Path(path) / CONFIG)
-    single = ParallelSection(use_distributed_optimizer=config.parallel.use_distributed_optimizer)
-    config = config.model_copy(update={"parallel": single})
+    config = config.model_copy(update={"parallel": ParallelSection()})
     if not dist.is_initialized():
-        groups.initialise(single, seed=config.run.seed)
+        groups.initialise(config.parallel, seed=config.run.seed)
     model = SpeechTextModel(config, pre_process=True, post_process=True)
-    meta = metadata(distributed_optimizer=single.use_distributed_optimizer)
-    model.load_state_dict(load(path, {"model": model.sharded_state_dict(metadata=meta)}, config=config)["model"])
+    wanted = {"model": {"chunk0": model.sharded_state_dict(metadata=metadata())}}
+    model.load_state_dict(load(path, wanted, config=config)["model"]["chunk0"])
     return model, config

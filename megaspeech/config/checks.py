@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from megaspeech.config.schema import expand_layout
+
 EMBEDDING_ROWS_MULTIPLE = 128
 """Rows of the stream embedding table are padded to this, whatever the layout, so that every layout saves one shape."""
 
@@ -17,7 +19,7 @@ def cross_section_faults(sections: Mapping[str, Any], *, world_size: int | None 
         world_size: number of ranks, or None when the config is read outside a launch.
     """
     faults: list[str] = []
-    for check in (_layout, _heads, _layers, _vocabulary, _batch, _streams):
+    for check in (_layout, _heads, _layers, _experts, _vocabulary, _batch, _streams):
         try:
             faults.extend(check(sections, world_size))
         except KeyError:  # a section this check reads has faults of its own, reported already
@@ -27,20 +29,25 @@ def cross_section_faults(sections: Mapping[str, Any], *, world_size: int | None 
 
 def _layout(sections: Mapping[str, Any], world_size: int | None) -> Iterator[str]:
     parallel = sections["parallel"]
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if world_size is not None and world_size % (tp * pp):
+    tp, pp, cp = _sizes(parallel)
+    if world_size is not None and world_size % (tp * pp * cp):
+        context = f" x context {cp}" if cp > 1 else ""
         yield (
-            f"parallel: a layout of tensor {tp} x pipeline {pp} = {tp * pp} ranks does not divide the {world_size} "
-            f"launched; launch a multiple of {tp * pp} with --nproc-per-node, or change parallel.*_parallel_size"
+            f"parallel: a layout of tensor {tp} x pipeline {pp}{context} = {tp * pp * cp} ranks does not divide the "
+            f"{world_size} launched; launch a multiple of {tp * pp * cp} with --nproc-per-node, or change "
+            f"parallel.*_parallel_size"
         )
     if parallel.sequence_parallel and tp == 1:
         yield "parallel.sequence_parallel: true needs tensor_model_parallel_size of 2 or more; set it false"
-    multiple = sections["data"].length_multiple
-    if multiple % tp:
-        yield (
-            f"data.length_multiple: {multiple} is not divisible by parallel.tensor_model_parallel_size = {tp}, "
-            f"over which frames are split; use {multiple + -multiple % tp}"
-        )
+
+
+def _sizes(parallel: Any) -> tuple[int, int, int]:
+    """Tensor, pipeline and context parallel size."""
+    return (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
 
 
 def _heads(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
@@ -66,7 +73,12 @@ def _heads(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
             f"choose a multiple of {2 * temporal.num_attention_heads}"
         )
     # The depth transformer is not listed: tensor parallel ranks share its frames, not its heads.
-    for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+    if temporal.num_query_groups % tp and tp % temporal.num_query_groups:
+        yield (
+            f"temporal.num_query_groups: {temporal.num_query_groups} and parallel.tensor_model_parallel_size = {tp}: "
+            f"one must divide the other; choose a multiple, or a smaller layout"
+        )
+    for key in ("num_attention_heads", "ffn_hidden_size"):
         if getattr(temporal, key) % tp:
             yield (
                 f"temporal.{key}: {getattr(temporal, key)} is not divisible by "
@@ -75,12 +87,75 @@ def _heads(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
 
 
 def _layers(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
-    layers, pp = sections["temporal"].num_layers, sections["parallel"].pipeline_model_parallel_size
-    if layers % pp:
+    layers, parallel = sections["temporal"].num_layers, sections["parallel"]
+    if parallel.pipeline_model_parallel_layout is not None:
+        yield from _drawn_layout(layers, parallel)
+        return
+    pp, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
+    if chunks > 1 and pp == 1:
+        yield "parallel.virtual_pipeline_model_parallel_size: needs a pipeline of 2 stages or more; leave it out"
+    ends = {
+        key: getattr(parallel, key)
+        for key in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+        if getattr(parallel, key) is not None
+    }
+    for key, value in ends.items():
+        if value % chunks:
+            yield f"parallel.{key}: {value} is not divisible by virtual_pipeline_model_parallel_size = {chunks}"
+    rest, stages = layers - sum(ends.values()), pp - len(ends)
+    if rest < 0 or (stages == 0 and rest) or stages < 0 or (stages and rest % (stages * chunks)):
+        named = ", ".join(["virtual_pipeline_model_parallel_size"] * (chunks > 1) + list(ends))
         yield (
-            f"temporal.num_layers: {layers} is not divisible by parallel.pipeline_model_parallel_size = {pp}; "
-            f"choose a multiple, or a smaller layout"
+            f"temporal.num_layers: {layers} is not divisible by parallel.pipeline_model_parallel_size = {pp}"
+            + (f" with {named}: {rest} layers are left for {stages} stages of {chunks} chunks" if named else "")
+            + "; choose a multiple, a smaller layout, or draw one with pipeline_model_parallel_layout"
         )
+
+
+def _drawn_layout(layers: int, parallel: Any) -> Iterator[str]:
+    key, text = "parallel.pipeline_model_parallel_layout", parallel.pipeline_model_parallel_layout
+    pp, stages = parallel.pipeline_model_parallel_size, expand_layout(text)
+    drawn = "".join(stages)
+    if set(drawn) - set("EtL"):
+        yield f"{key}: {text!r} may hold E, t, L, |, (, ), * and numbers alone"
+    elif drawn.count("t") != layers:
+        yield f"{key}: {text!r} holds {drawn.count('t')} layers (t), temporal.num_layers is {layers}; make them equal"
+    elif not (drawn.startswith("E") and drawn.endswith("L") and drawn.count("E") == drawn.count("L") == 1):
+        yield f"{key}: {text!r} must start with the embedding E, end with the loss L, and hold one of each"
+    if len(stages) % pp:
+        yield f"{key}: {text!r} has {len(stages)} stages, not a multiple of pipeline_model_parallel_size = {pp}"
+    for other in (
+        "virtual_pipeline_model_parallel_size",
+        "num_layers_in_first_pipeline_stage",
+        "num_layers_in_last_pipeline_stage",
+    ):
+        if getattr(parallel, other) is not None:
+            yield f"parallel.{other}: {key.partition('.')[2]} says it already; leave one of them out"
+
+
+def _experts(sections: Mapping[str, Any], world_size: int | None) -> Iterator[str]:
+    temporal, parallel = sections["temporal"], sections["parallel"]
+    tp, pp, _ = _sizes(parallel)
+    ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
+    experts = temporal.num_moe_experts
+    if experts is None:
+        for key, size in (("expert_model_parallel_size", ep), ("expert_tensor_parallel_size", etp)):
+            if size > 1:
+                yield f"parallel.{key}: {size}, but the model has no experts; set temporal.num_moe_experts, or 1"
+        return
+    if experts % ep:
+        yield f"temporal.num_moe_experts: {experts} is not divisible by parallel.expert_model_parallel_size = {ep}"
+    if temporal.moe_router_topk > experts:
+        yield f"temporal.moe_router_topk: {temporal.moe_router_topk} of {experts} experts; choose fewer"
+    if tp > 1 and not parallel.sequence_parallel:
+        yield "parallel.sequence_parallel: experts under tensor parallelism need it; set it true"
+    if world_size is not None and world_size % (ep * etp * pp):
+        yield (
+            f"parallel.expert_model_parallel_size: experts {ep} x {etp} tensor x pipeline {pp} do not divide the "
+            f"{world_size} ranks launched"
+        )
+    if ep > 1 and parallel.data_parallel != "ddp":
+        yield f'parallel.data_parallel: "{parallel.data_parallel}" cannot spread experts over ranks; use "ddp"'
 
 
 def _vocabulary(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
@@ -96,12 +171,18 @@ def _vocabulary(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
 
 def _batch(sections: Mapping[str, Any], world_size: int | None) -> Iterator[str]:
     training, parallel = sections["training"], sections["parallel"]
-    ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    dp = max(1, (world_size or ranks) // ranks)
+    tp, pp, cp = _sizes(parallel)
+    dp = max(1, (world_size or 1) // (tp * pp * cp))
     if training.global_batch_size % (training.micro_batch_size * dp):
         yield (
             f"training.global_batch_size: {training.global_batch_size} is not divisible by micro_batch_size "
             f"{training.micro_batch_size} x data parallel {dp}; choose a multiple of {training.micro_batch_size * dp}"
+        )
+    microbatches = training.global_batch_size // (training.micro_batch_size * dp)
+    if parallel.num_chunks > 1 and microbatches % pp:
+        yield (
+            f"training.global_batch_size: {microbatches} microbatches on each data parallel rank, which an interleaved "
+            f"pipeline of {pp} stages does not divide; choose a multiple of {training.micro_batch_size * dp * pp}"
         )
     warmup = sections["optimizer"].lr_warmup_steps
     if warmup >= training.train_steps:

@@ -11,7 +11,7 @@ def _transformer(
     ffn_hidden_size: int,
     num_attention_heads: int,
     num_query_groups: int | None = None,
-) -> dict[str, int]:
+) -> dict[str, Any]:
     return {
         "num_layers": num_layers,
         "hidden_size": hidden_size,
@@ -38,6 +38,17 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {
         "streams": _streams(48, 4, 4, 32, 1),
         "temporal": {**_transformer(4, 64, 176, 4, 2), "context": 12},
+        "depth": _transformer(2, 32, 88, 4),
+    },
+    # `tiny` with a mixture of four experts, two for every frame.
+    "tiny-moe": {
+        "streams": _streams(48, 4, 4, 32, 1),
+        "temporal": {
+            **_transformer(4, 64, 176, 4, 2),
+            "context": 12,
+            "num_moe_experts": 4,
+            "moe_ffn_hidden_size": 88,
+        },
         "depth": _transformer(2, 32, 88, 4),
     },
     # The quickstart's: spoken digits on two CPU cores.

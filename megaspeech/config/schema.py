@@ -6,6 +6,7 @@ in tokens, frames or samples, never bytes; times are in seconds unless the name 
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -122,7 +123,8 @@ class DataSection(Section):
     num_frames: Positive = 64
     """Longest sample that is trained on. A microbatch is as long as its longest sample."""
     length_multiple: Positive = 16
-    """Lengths of microbatches are rounded up to it: FP8 matrix products want 16, tensor parallelism its own size."""
+    """Lengths of microbatches are rounded up to it, and to what the layout splits frames by: FP8 matrix products want
+    16 frames on every rank."""
     task_delay: Natural = 3
     """Frames from the end of a heard word to its text."""
     speech_lead: Natural = 1
@@ -132,6 +134,17 @@ class DataSection(Section):
     codebook_dropout: float = Field(0.0, ge=0, le=1)
     """Share of the training samples that hear only the first few codebooks, the rest being zero tokens: a residual
     codec's later ones tell voices apart more than words (quantizer dropout, SoundStream, arXiv 2107.03312)."""
+
+
+def expand_layout(text: str) -> list[str]:
+    """The stages of a `pipeline_model_parallel_layout`, one letter a layer: "Et*3|(t|)*2L" is Ettt, t, t, L.
+
+    "(...)*n" and "x*n" repeat, commas mean nothing, as in megatron-core's PipelineParallelLayerLayout.
+    """
+    text = text.replace(",", "")
+    for pattern in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
+        text = re.sub(pattern, lambda match: match.group(1) * int(match.group(2)), text)
+    return text.split("|")
 
 
 class ParallelSection(Section):
@@ -149,6 +162,8 @@ class ParallelSection(Section):
     """Which layers each stage holds, in megatron-core's letters: "Et*3|t*4|tL" for embedding, transformer, loss."""
     context_parallel_size: Positive = 1
     expert_model_parallel_size: Positive = 1
+    expert_tensor_parallel_size: Positive = 1
+    """Ranks that share one expert; 1, as large experts are few and small ones gain nothing from it."""
     data_parallel: Literal["ddp", "fsdp2", "megatron_fsdp"] = "ddp"
     """Whole replicas, or torch's or Megatron's fully sharded data parallelism."""
     use_distributed_optimizer: bool = True
@@ -157,6 +172,27 @@ class ParallelSection(Section):
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: Positive | None = None
     recompute_modules: tuple[str, ...] | None = None
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of layers that a stage holds: 1, or more under an interleaved pipeline."""
+        if self.pipeline_model_parallel_layout is None:
+            return self.virtual_pipeline_model_parallel_size or 1
+        return max(1, len(expand_layout(self.pipeline_model_parallel_layout)) // self.pipeline_model_parallel_size)
+
+    def describe(self, data_parallel_size: int) -> str:
+        """The layout in words, sizes of 1 left out: "tensor 2 x pipeline 2 x data 4, sequence parallel"."""
+        sizes = {
+            "tensor": self.tensor_model_parallel_size,
+            "pipeline": self.pipeline_model_parallel_size,
+            "context": self.context_parallel_size,
+            "expert": self.expert_model_parallel_size,
+        }
+        words = [f"{name} {size}" for name, size in sizes.items() if size > 1]
+        rest = [self.data_parallel] if self.data_parallel != "ddp" else []
+        rest += ["sequence parallel"] if self.sequence_parallel else []
+        rest += ["interleaved"] if self.num_chunks > 1 else []
+        return ", ".join([" x ".join([*words, f"data {data_parallel_size}"]), *rest])
 
 
 class OptimizerSection(Section):

@@ -1,11 +1,17 @@
-"""From shards to the batches of a step: by weight, deterministic by step, the same on any number of ranks."""
+"""From shards to the batches of a step: by weight, deterministic by step, the same on any number of ranks.
+
+Which samples a step has, and which rank they go to, follows from the shards' indexes alone, so that a rank reads only
+its own samples, and a sample that cannot be read changes the shape of nothing.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,21 +21,33 @@ from torch import Tensor
 
 from megaspeech.config import Config
 from megaspeech.config.schema import StreamsSection
-from megaspeech.data.shards import Shard
+from megaspeech.data.shards import DamagedSampleError, Shard
 from megaspeech.data.tasks import ZERO_TOKEN
 from megaspeech.data.weights import loss_weights
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One microbatch: codes `[B, S, T]` int64 and loss weights `[B, P, T]` float32."""
+    """One microbatch: codes `[B, S, T]` int64 and loss weights `[B, P, T]` float32.
+
+    `rejected` names the samples that could not be read, with the reason: zero tokens without weight stand for them.
+    """
 
     codes_BST: Tensor
     weights_BPT: Tensor
+    rejected: tuple[tuple[str, str], ...] = ()
 
     def to(self, device: torch.device | str | int) -> Batch:
-        """The batch on another device."""
-        return Batch(self.codes_BST.to(device), self.weights_BPT.to(device))
+        """The batch on the device that computes; from pinned memory this does not wait for what the device does."""
+        return replace(
+            self,
+            codes_BST=self.codes_BST.to(device, non_blocking=True),
+            weights_BPT=self.weights_BPT.to(device, non_blocking=True),
+        )
+
+    def pin_memory(self) -> Batch:
+        """The batch in memory that a GPU copies from by itself."""
+        return replace(self, codes_BST=self.codes_BST.pin_memory(), weights_BPT=self.weights_BPT.pin_memory())
 
     @property
     def num_frames(self) -> int:
@@ -57,20 +75,37 @@ class ShardSamples(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return np.iinfo(np.int64).max
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        epoch, place = divmod(int(index), len(self.shard))
+    def place(self, number: int) -> int:
+        """Which sample of the shard is the `number`-th that is drawn, counted over all epochs."""
+        epoch, place = divmod(int(number), len(self.shard))
         if self._order[0] != epoch:
             self._order = (epoch, np.random.default_rng([self.config.run.seed, epoch]).permutation(len(self.shard)))
+        return int(self._order[1][place])
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return self.draw(number, index=self.place(number))
+
+    def draw(self, number: int, *, index: int) -> dict[str, Any]:
+        """The `number`-th draw, which is sample `index`, with what chance adds to it."""
         # Drawn from the sample's own number, not from a running generator: the same after a resume, on any rank.
-        generator = np.random.default_rng([self.config.run.seed, int(index)])
-        item = self.sample(int(self._order[1][place]), generator=generator)
+        generator = np.random.default_rng([self.config.run.seed, int(number)])
+        item = self.sample(index, generator=generator)
         if generator.random() < self.config.data.codebook_dropout:
             drop_codebooks(item["codes"], streams=self.config.streams, generator=generator)
         return item
 
-    def sample(self, index: int, *, generator: np.random.Generator) -> dict[str, np.ndarray]:
-        """Sample `index` of the shard and its loss weights."""
-        codes_ST = self.shard[index]
+    def sample(self, index: int, *, generator: np.random.Generator) -> dict[str, Any]:
+        """Sample `index` of the shard, its loss weights, and its name and reason if it is rejected.
+
+        One that is damaged is as long as it was, so that every rank of a pipeline gives its batch the same shape, and
+        holds zero tokens only, which weigh nothing.
+        """
+        rejected = ()
+        try:
+            codes_ST = self.shard[index]
+        except DamagedSampleError as error:
+            codes_ST = np.full((self.config.streams.num_streams, self.shard.length(index)), ZERO_TOKEN)
+            rejected = ((f"{self.shard.name}:{index}", str(error)),)
         weights_PT = loss_weights(
             codes_ST,
             header=self.shard.header,
@@ -78,7 +113,7 @@ class ShardSamples(torch.utils.data.Dataset):
             loss=self.config.loss,
             generator=generator,
         )
-        return {"codes": codes_ST, "weights": weights_PT}
+        return {"codes": codes_ST, "weights": weights_PT, "rejected": rejected}
 
 
 def drop_codebooks(codes_ST: np.ndarray, *, streams: StreamsSection, generator: np.random.Generator) -> None:
@@ -86,6 +121,14 @@ def drop_codebooks(codes_ST: np.ndarray, *, streams: StreamsSection, generator: 
     least, count = -(-streams.num_given_codebooks // 4), streams.num_given_codebooks
     kept = int(generator.integers(least, count + 1))
     codes_ST[1 + streams.num_codebooks + kept :] = ZERO_TOKEN
+
+
+class _Draw(NamedTuple):
+    """The `number`-th draw from a shard, which is its sample `index`."""
+
+    samples: ShardSamples
+    number: int
+    index: int
 
 
 class TrainBatches:
@@ -106,21 +149,39 @@ class TrainBatches:
         )
 
     def __call__(self, step: int) -> list[Batch]:
-        """This rank's microbatches of step `step`, counted from 0, from short samples to long ones.
+        """This rank's microbatches of step `step`, counted from 0, from short samples to long ones."""
+        groups = [[draw.samples.draw(draw.number, index=draw.index) for draw in group] for group in self._own(step)]
+        return collate_step(groups, config=self.config)
 
-        The global batch is sorted by length, so that a microbatch holds samples alike and little padding, and dealt out
-        to and fro, so that the ranks have like amounts.
-        """
+    def sample_ids(self, step: int) -> list[list[str]]:
+        """The samples of this rank's microbatches of step `step`, as "shard:index"; row by row as in the batches."""
+        return [[_name(draw) for draw in group] for group in self._own(step)]
+
+    def all_sample_ids(self, step: int) -> list[str]:
+        """The samples of the whole global batch of step `step`, as "shard:index"; the same on every rank."""
+        return [_name(draw) for group in self._groups(step) for draw in group]
+
+    def _own(self, step: int) -> list[list[_Draw]]:
+        """Dealt out to and fro, so that the ranks have like amounts."""
+        groups = enumerate(self._groups(step))
+        return [group for place, group in groups if _dealt_to(place, self.dp_size) == self.dp_rank]
+
+    def _groups(self, step: int) -> list[list[_Draw]]:
+        """The global batch in microbatches, sorted by length, so that one holds samples alike and little padding."""
         training = self.config.training
         size, first = training.micro_batch_size, step * training.global_batch_size
-        items = [self.samples[index] for index in range(first, first + training.global_batch_size)]
-        items.sort(key=lambda item: item["codes"].shape[1])
-        mine = [
-            items[start : start + size]
-            for place, start in enumerate(range(0, len(items), size))
-            if _dealt_to(place, self.dp_size) == self.dp_rank
-        ]
-        return collate_step(mine, config=self.config)
+        draws = [self._draw(place) for place in range(first, first + training.global_batch_size)]
+        draws.sort(key=lambda draw: draw.samples.shard.length(draw.index))
+        return [draws[start : start + size] for start in range(0, len(draws), size)]
+
+    def _draw(self, place: int) -> _Draw:
+        samples = self.samples.datasets[self.samples.dataset_index[place]]
+        number = int(self.samples.dataset_sample_index[place])
+        return _Draw(samples, number, samples.place(number))
+
+
+def _name(draw: _Draw) -> str:
+    return f"{draw.samples.shard.name}:{draw.index}"
 
 
 def _dealt_to(place: int, ranks: int) -> int:
@@ -137,8 +198,11 @@ def valid_batches(config: Config, *, dp_rank: int, dp_size: int) -> Mapping[str,
     for name in config.data.mixture:
         samples = ShardSamples(Path(config.data.directory) / "valid" / name, config=config)
         count = len(samples.shard)
-        # Every rank runs the same number of microbatches, the last ones perhaps empty.
+        # Every rank runs the same number of microbatches, the last ones perhaps empty. An interleaved pipeline takes
+        # them in turns of one a stage.
         rounds = -(-count // (size * dp_size))
+        if config.parallel.virtual_pipeline_model_parallel_size is not None:
+            rounds += -rounds % config.parallel.pipeline_model_parallel_size
         starts = range(dp_rank * size, rounds * dp_size * size, dp_size * size)
         groups = [
             [
@@ -151,7 +215,7 @@ def valid_batches(config: Config, *, dp_rank: int, dp_size: int) -> Mapping[str,
     return batches
 
 
-def collate_step(groups: list[list[dict[str, np.ndarray]]], *, config: Config) -> list[Batch]:
+def collate_step(groups: list[list[dict[str, Any]]], *, config: Config) -> list[Batch]:
     """A data parallel rank's microbatches of one step. Pipeline stages exchange tensors of one shape: with a pipeline
     all of them get the length of the longest."""
     lengths = [max((item["codes"].shape[1] for item in group), default=1) for group in groups]
@@ -160,14 +224,27 @@ def collate_step(groups: list[list[dict[str, np.ndarray]]], *, config: Config) -
     return [collate(group, length=length, config=config) for group, length in zip(groups, lengths, strict=True)]
 
 
-def collate(items: list[dict[str, np.ndarray]], *, length: int, config: Config) -> Batch:
-    """Samples side by side, filled up with zero tokens to `micro_batch_size` samples and the multiple of
-    `data.length_multiple` from `length` on."""
+def frame_multiple(config: Config) -> int:
+    """The least multiple of `data.length_multiple` that the layout can split frames by.
+
+    Context parallelism cuts a sequence into two chunks a rank, an early and a late one (megatron-core's
+    `get_batch_on_this_cp_rank`), and sequence parallelism each rank's part into one for every tensor parallel rank.
+    """
+    parallel = config.parallel
+    context = 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
+    tensor = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    return math.lcm(config.data.length_multiple, context * tensor)
+
+
+def collate(items: list[dict[str, Any]], *, length: int, config: Config) -> Batch:
+    """Samples side by side, filled up with zero tokens to `micro_batch_size` samples and the next multiple of
+    `frame_multiple` from `length` on."""
     size, streams = config.training.micro_batch_size, config.streams
-    num_frames = length + -length % config.data.length_multiple
+    num_frames = length + -length % frame_multiple(config)
     codes = np.full((size, streams.num_streams, num_frames), ZERO_TOKEN, dtype=np.int64)
     weights = np.zeros((size, 1 + streams.num_codebooks, num_frames), dtype=np.float32)
     for row, item in enumerate(items):
         codes[row, :, : item["codes"].shape[1]] = item["codes"]
         weights[row, :, : item["codes"].shape[1]] = item["weights"]
-    return Batch(torch.from_numpy(codes), torch.from_numpy(weights))
+    rejected = tuple(name_and_reason for item in items for name_and_reason in item["rejected"])
+    return Batch(torch.from_numpy(codes), torch.from_numpy(weights), rejected)

@@ -1,7 +1,9 @@
-"""Samples on disk: a megatron-core IndexedDataset of flattened codes `[T, S]`, and a JSON header beside it.
+"""Samples on disk: a megatron-core IndexedDataset of flattened codes `[T, S]`, a checksum of each, and a JSON header.
 
 The header names everything the codes depend on, so that a trainer with another codec, tokenizer or stream layout
-refuses the shard instead of learning nonsense.
+refuses the shard instead of learning nonsense. Nor is damage learned from: `PREFIX.bin` holds the samples, and
+`PREFIX.xxh64` the checksum of each, compared whenever it is read; `PREFIX.idx` and `PREFIX.xxh64` are 28 bytes a sample
+and compared whole, with a checksum in the header, when the shard is opened.
 """
 
 from __future__ import annotations
@@ -9,16 +11,23 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from megaspeech.config import Config
 
-FORMAT = 1
+FORMAT = 2
+READ_SIZE = 1 << 24  # bytes
+REMEDY = "copy the shard again from where it is whole, or remove its directory and prepare the shards again"
+
+
+class DamagedSampleError(ValueError):
+    """A sample is not what was written; says which one, of which shard, and what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,10 @@ class ShardHeader:
     speech_lead: int
     num_samples: int = 0
     num_frames: int = 0
+    num_bytes: dict[str, int] = field(default_factory=dict)
+    """Size of each file beside the header, by suffix."""
+    checksums: dict[str, str] = field(default_factory=dict)
+    """xxh64 of the files that are compared whole, by suffix."""
 
     @classmethod
     def read(cls, prefix: str | Path) -> ShardHeader:
@@ -45,12 +58,37 @@ class ShardHeader:
         path = Path(f"{prefix}.json")
         if not path.is_file():
             raise ValueError(f"data.mixture: there is no shard {prefix} ({path} is missing); run tools/prepare_data.py")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"shard {prefix}: {path} is not JSON any more ({error}); {REMEDY}") from error
         missing = [field.name for field in fields(cls) if field.name not in values]
         if values.get("format") != FORMAT or missing:
-            raise ValueError(f"{path}: not a shard header of format {FORMAT}; prepare the shards again")
+            raise ValueError(
+                f"{path}: not a shard header of format {FORMAT}; remove {path.parent} and prepare the shards again"
+            )
         sequences = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
         return cls(**{**values, **sequences})
+
+    @property
+    def token_type(self) -> type[np.signedinteger]:
+        """Of the samples on disk: -1 and initial tokens included, int16 holds cardinalities up to 32,766."""
+        return np.int16 if max(self.cardinalities) < np.iinfo(np.int16).max else np.int32
+
+    def check_files(self, prefix: str | Path) -> None:
+        """Raises ValueError naming a file beside the header that is missing, cut short or damaged, and the remedy."""
+        for suffix, expected in self.num_bytes.items():
+            path = Path(f"{prefix}.{suffix}")
+            if not path.is_file():
+                raise ValueError(f"shard {prefix}: {path} is missing; {REMEDY}")
+            if path.stat().st_size != expected:
+                raise ValueError(
+                    f"shard {prefix}: {path} has {path.stat().st_size:,} bytes instead of the {expected:,} that were "
+                    f"written; {REMEDY}"
+                )
+        for suffix, expected in self.checksums.items():
+            if _checksum_of(Path(f"{prefix}.{suffix}")) != expected:
+                raise ValueError(f"shard {prefix}: the bytes of {prefix}.{suffix} are not those written; {REMEDY}")
 
     def check_run(self, config: Config, *, prefix: str | Path) -> None:
         """Raises ValueError naming the first difference between the shard and the run's streams and delays."""
@@ -100,39 +138,77 @@ def write_shard(prefix: str | Path, samples: Iterable[np.ndarray], *, header: Sh
     """Write samples `[S, T]` and the header; the header comes last, so a shard with one is whole.
 
     Returns:
-        The header with the number of samples and frames filled in.
+        The header with the number of samples and frames, sizes and checksums filled in.
     """
     prefix = Path(prefix)
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    # -1 and initial tokens included, int16 holds cardinalities up to 32,767.
-    dtype = np.int16 if max(header.cardinalities) < np.iinfo(np.int16).max else np.int32
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
-    num_samples = num_frames = 0
+    Path(f"{prefix}.json").unlink(
+        missing_ok=True
+    )  # a kill shall not leave the old header beside half of the new samples
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=header.token_type)
+    checksums, num_frames = [], 0
     for codes_ST in samples:
-        builder.add_item(torch.from_numpy(np.ascontiguousarray(codes_ST.T).reshape(-1)))
+        tokens = np.ascontiguousarray(codes_ST.T, dtype=header.token_type).reshape(-1)
+        builder.add_item(torch.from_numpy(tokens))
         builder.end_document()
-        num_samples, num_frames = num_samples + 1, num_frames + codes_ST.shape[1]
+        checksums.append(xxhash.xxh64_intdigest(tokens.tobytes()))
+        num_frames += codes_ST.shape[1]
     builder.finalize(f"{prefix}.idx")
-    header = ShardHeader(**{**asdict(header), "num_samples": num_samples, "num_frames": num_frames})
+    np.asarray(checksums, dtype=np.uint64).tofile(f"{prefix}.xxh64")
+    header = replace(
+        header,
+        num_samples=len(checksums),
+        num_frames=num_frames,
+        num_bytes={suffix: os.path.getsize(f"{prefix}.{suffix}") for suffix in ("bin", "idx", "xxh64")},
+        checksums={suffix: _checksum_of(Path(f"{prefix}.{suffix}")) for suffix in ("idx", "xxh64")},
+    )
     aside = Path(f"{prefix}.json.part")
     aside.write_text(json.dumps(asdict(header), indent=1), encoding="utf-8")
     os.replace(aside, f"{prefix}.json")
     return header
 
 
+def _checksum_of(path: Path) -> str:
+    state = xxhash.xxh64()
+    with path.open("rb") as file:
+        while block := file.read(READ_SIZE):
+            state.update(block)
+    return state.hexdigest()
+
+
 class Shard:
-    """A shard opened for reading, memory mapped. `shard[i]` is sample i `[S, T]`."""
+    """A shard opened for reading. `shard[i]` is sample i `[S, T]`; raises DamagedSampleError if it is not whole.
+
+    Samples are read, not memory mapped: of a file that is cut short or cannot be read any more, a map kills the
+    process (SIGBUS), where a read says so. A forked process may go on reading beside its parent.
+    """
 
     def __init__(self, prefix: str | Path) -> None:
-        self.header = ShardHeader.read(prefix)
-        self.name = Path(prefix).name
+        self.header, self.prefix, self.name = ShardHeader.read(prefix), str(prefix), Path(prefix).name
         if len(self) == 0:  # checked first: an empty file cannot be memory mapped
             raise ValueError(f"shard {prefix} holds no samples; look into rejected.jsonl beside it, or drop it")
-        self._codes = IndexedDataset(str(prefix), mmap=True)
+        self.header.check_files(prefix)
+        self._index = IndexedDataset(str(prefix), mmap=False).index
+        self._checksums = np.memmap(f"{prefix}.xxh64", dtype=np.uint64, mode="r")
+        self._file = open(f"{prefix}.bin", "rb", buffering=0)  # noqa: SIM115 (closed with the shard)
 
     def __len__(self) -> int:
         return self.header.num_samples
 
+    def length(self, index: int) -> int:
+        """Frames of sample `index`, without reading it."""
+        return int(self._index.sequence_lengths[index]) // len(self.header.cardinalities)
+
     def __getitem__(self, index: int) -> np.ndarray:
-        # A copy, because a view of the memory map would die with the shard.
-        return self._codes[index].reshape(-1, len(self.header.cardinalities)).T.copy()
+        size = int(self._index.sequence_lengths[index]) * np.dtype(self.header.token_type).itemsize
+        try:
+            content = os.pread(self._file.fileno(), size, int(self._index.sequence_pointers[index]))
+        except OSError as error:
+            raise DamagedSampleError(f"sample {index} of shard {self.prefix}: unreadable: {error.strerror}") from error
+        if len(content) < size:
+            raise DamagedSampleError(
+                f"sample {index} of shard {self.prefix}: {len(content):,} of its {size:,} bytes are left"
+            )
+        if xxhash.xxh64_intdigest(content) != self._checksums[index]:
+            raise DamagedSampleError(f"sample {index} of shard {self.prefix}: its checksum is not the one written")
+        return np.frombuffer(content, dtype=self.header.token_type).reshape(-1, len(self.header.cardinalities)).T.copy()

@@ -1,7 +1,7 @@
 """Core attention of the local layer spec, on torch's scaled_dot_product_attention.
 
-megatron-core's own local attention builds all scores in a shared buffer; this one lets torch choose a fused kernel,
-on the CPU too.
+megatron-core's own local attention builds all scores in a shared buffer and knows no context parallelism; this one lets
+torch choose a fused kernel, on the CPU too, and gathers keys and values over the context parallel ranks.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn import functional as F
+
+from megaspeech.model.frames import from_context_ranks, on_context_rank
 
 
 class CoreAttention(MegatronModule):
@@ -22,20 +24,26 @@ class CoreAttention(MegatronModule):
         assert attention_type == "self", "the temporal transformer has self attention only"
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: None = None, **_: object) -> Tensor:
-        """`query` `[T, B, heads, width]`, `key` and `value` `[T, B, groups, width]` -> `[T, B, heads * width]`."""
+        """`query` `[T, B, heads, width]`, `key` and `value` `[T, B, groups, width]` -> `[T, B, heads * width]`.
+
+        Under context parallelism T is this rank's frames (`model.frames`).
+        """
         assert attention_mask is None, "the causal mask and the window come from the config"
-        frames, grouped = query.shape[0], query.shape[2] != key.shape[2]
+        mine, grouped = query.shape[0], query.shape[2] != key.shape[2]
+        if self.config.context_parallel_size > 1:
+            key, value = from_context_ranks(torch.cat([key, value], -1)).chunk(2, -1)
+        frames = key.shape[0]
         window = self.config.window_size[0] + 1 if self.config.window_size else frames
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        mask = None if window >= frames else _window_mask(frames, window, query.device)
+        mask = None if window >= frames == mine else _mask(frames, window, query.device)
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
         )
         return out.permute(2, 0, 1, 3).flatten(2)
 
 
-def _window_mask(frames: int, window: int, device: torch.device) -> Tensor:
-    """True where position i sees position j: 0 <= i - j < window, `[frames, frames]`."""
+def _mask(frames: int, window: int, device: torch.device) -> Tensor:
+    """True where position i, one of this rank's, sees position j: 0 <= i - j < window, `[mine, frames]`."""
     position = torch.arange(frames, device=device)
-    distance = position[:, None] - position[None, :]
+    distance = on_context_rank(position)[:, None] - position[None, :]
     return (distance >= 0) & (distance < window)

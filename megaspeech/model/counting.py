@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megaspeech.config import Config
-from megaspeech.config.schema import TransformerSection
+from megaspeech.config.schema import TemporalSection, TransformerSection
 
 
 def count_parameters(config: Config) -> dict[str, int]:
@@ -13,7 +13,7 @@ def count_parameters(config: Config) -> dict[str, int]:
     `text_linear`, and everything of the depth transformer with its inputs, embeddings and heads.
     """
     streams, temporal, depth = config.streams, config.temporal, config.depth
-    layer = _matrix_parameters(temporal) + 2 * temporal.hidden_size
+    layer = _attention(temporal) + sum(_feed_forward(temporal)) + 2 * temporal.hidden_size
     codebooks = streams.num_codebooks
     read = streams.cardinalities[:codebooks]
     return {
@@ -22,7 +22,7 @@ def count_parameters(config: Config) -> dict[str, int]:
         "text_head": streams.text_cardinality * temporal.hidden_size,
         "depth": codebooks * temporal.hidden_size * depth.hidden_size
         + (sum(read) + len(read)) * depth.hidden_size
-        + depth.num_layers * (codebooks * _matrix_parameters(depth) + 2 * depth.hidden_size)
+        + depth.num_layers * (codebooks * (_attention(depth) + _swiglu(depth)) + 2 * depth.hidden_size)
         + codebooks * depth.hidden_size * streams.cardinality,
     }
 
@@ -37,21 +37,36 @@ def count_flops(config: Config, *, num_frames: int) -> dict[str, int]:
     growing = min(num_frames, temporal.context)  # frame t sees min(t + 1, context) frames, itself included
     seen = (growing * (growing + 1) // 2 + (num_frames - growing) * temporal.context) / num_frames
     codebooks = streams.num_codebooks
+    temporal_matrices = _attention(temporal) + _feed_forward(temporal)[0]
     depth_matrices = (
         temporal.hidden_size * depth.hidden_size
-        + depth.num_layers * _matrix_parameters(depth)
+        + depth.num_layers * (_attention(depth) + _swiglu(depth))
         + depth.hidden_size * streams.cardinality
     )
     depth_scores = depth.num_layers * 2 * depth.hidden_size * (codebooks + 1) / 2
     return {
-        "temporal": int(2 * temporal.num_layers * (_matrix_parameters(temporal) + 2 * temporal.hidden_size * seen)),
+        "temporal": int(2 * temporal.num_layers * (temporal_matrices + 2 * temporal.hidden_size * seen)),
         "text_head": 2 * streams.text_cardinality * temporal.hidden_size,
         "depth": int(2 * codebooks * (depth_matrices + depth_scores)),
     }
 
 
-def _matrix_parameters(shape: TransformerSection) -> int:
-    """Weights of one layer's projections, for one codebook in the depth transformer."""
+def _attention(shape: TransformerSection) -> int:
+    """Weights of one layer's attention projections, for one codebook in the depth transformer."""
     width = shape.hidden_size
     key_value = width * shape.num_query_groups // shape.num_attention_heads
-    return width * (width + 2 * key_value) + width * width + 3 * width * shape.ffn_hidden_size
+    return width * (width + 2 * key_value) + width * width
+
+
+def _swiglu(shape: TransformerSection) -> int:
+    """Weights of one layer's feed-forward projections, likewise."""
+    return 3 * shape.hidden_size * shape.ffn_hidden_size
+
+
+def _feed_forward(shape: TemporalSection) -> tuple[int, int]:
+    """(weights that a frame meets, the others): the router and the experts it is sent to, and those it is not."""
+    if shape.num_moe_experts is None:
+        return _swiglu(shape), 0
+    expert = 3 * shape.hidden_size * (shape.moe_ffn_hidden_size or shape.ffn_hidden_size)
+    met = shape.num_moe_experts * shape.hidden_size + shape.moe_router_topk * expert
+    return met, (shape.num_moe_experts - shape.moe_router_topk) * expert

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -54,6 +55,9 @@ class DepthNorm(torch.nn.Module):
 
 class DepthLayer(torch.nn.Module):
     """x + proj(attention(norm(x))), then x + out(silu(gate) * up), per codebook."""
+
+    is_sharded_alone = True
+    """Fully sharded data parallelism gathers its parameters for it alone."""
 
     def __init__(self, config: Config, *, kernels: Kernels, dtype: torch.dtype) -> None:
         super().__init__()
@@ -114,8 +118,9 @@ class DepthTransformer(MegatronModule):
         x_QND = self.input(hidden_NH) + self.embedding_kernel(
             rows_Q1N, self.embedding, offsets=torch.zeros_like(self.offsets[:1])
         )
+        recompute = self.config.recompute_granularity == "full" and torch.is_grad_enabled()
         for layer in self.layers:
-            x_QND = layer(x_QND)
+            x_QND = tensor_parallel.checkpoint(layer, False, x_QND) if recompute else layer(x_QND)
         return x_QND
 
     def forward(self, hidden_NH: Tensor, tokens_QN: Tensor, targets_QN: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from megaspeech.config.checks import EMBEDDING_ROWS_MULTIPLE
 from megaspeech.config.schema import StreamsSection
 from megaspeech.kernels import Kernels
+from megaspeech.model.frames import on_context_rank
 
 
 def table_offsets(cardinalities: Sequence[int]) -> list[int]:
@@ -47,7 +48,10 @@ class StreamEmbedding(MegatronModule):
         self.register_buffer("offsets", torch.tensor(table_offsets(streams.cardinalities)), persistent=False)
 
     def forward(self, codes_BST: Tensor) -> Tensor:
-        """`[T, B, H]`; under sequence parallelism this rank's frames `[T / tp, B, H]`."""
+        """`[T, B, H]`; under context and sequence parallelism this rank's frames of it."""
+        frames = None
+        if self.config.context_parallel_size > 1:
+            frames = on_context_rank(torch.arange(codes_BST.shape[-1], device=codes_BST.device))
         partial_TBH = self.kernel(
             codes_BST,
             self.table.weight,
@@ -55,6 +59,7 @@ class StreamEmbedding(MegatronModule):
             initial=self.initial,
             offsets=self.offsets,
             first_row=self.table.vocab_start_index,
+            frames=frames,
         )
         if self.config.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(partial_TBH)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,22 +11,17 @@ STATISTICS = ("loss", "count", "correct")
 """Columns of `Losses.statistics`: sum of the unweighted cross entropies, tokens counted, tokens predicted rightly."""
 
 
-@dataclass(frozen=True)
-class Losses:
+class Losses(NamedTuple):
     """What the last stage returns of one microbatch, on this tensor parallel rank.
 
     `weighted`: sum(w * cross entropy) of text and of audio `[2]`, with gradient. Divided by the *global* sums of w
     and added, they are the loss: both are weighted means, as in moshi-finetune.
-    `statistics`: `[P, 3]` by predicted stream, without gradient; to be summed over microbatches, tensor parallel and
-    data parallel ranks.
+    `statistics`: `[P, 3]` by predicted stream, without gradient; to be summed over microbatches, tensor, context
+    and data parallel ranks.
     """
 
     weighted: Tensor
     statistics: Tensor
-
-    def __iter__(self):
-        """(weighted, statistics), so that a pipeline schedule may treat it as a tuple."""
-        return iter((self.weighted, self.statistics))
 
 
 def stream_losses(

@@ -1,4 +1,4 @@
-"""The speech-text language model of one pipeline stage.
+"""The speech-text language model of one pipeline stage, or of one chunk of an interleaved stage.
 
 Equal, logit for logit, to `moshi.models.lm.LMModel` with the same weights. `codes_BST` are the raw codes of a sample,
 text first, then the predicted and the given codebooks; shifting and delaying happen inside.
@@ -16,24 +16,35 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.nn import functional as F
 
 from megaspeech.config import Config
 from megaspeech.kernels import KERNELS
 from megaspeech.kernels.stream_embedding.reference import delayed_codes
 from megaspeech.model.depth import DepthTransformer
 from megaspeech.model.embedding import StreamEmbedding
+from megaspeech.model.frames import from_context_ranks, on_context_rank
 from megaspeech.model.losses import Losses, stream_losses
 from megaspeech.model.temporal import TemporalTransformer, transformer_config
 
+ZERO_TOKEN = -1
+"""No input, no loss; as the first stream's token, padding (`data.tasks` writes it)."""
+
 
 class SpeechTextModel(MegatronModule):
-    """Embedding (first stage), temporal layers (every stage), text head and depth transformer (last stage)."""
+    """Embedding (first chunk), temporal layers (every chunk), text head and depth transformer (last chunk).
 
-    def __init__(self, config: Config, *, pre_process: bool, post_process: bool) -> None:
+    Args:
+        config: the run.
+        pre_process, post_process: whether this is the first, the last chunk of the pipeline.
+        vp_stage: which chunk of its stage it is, under an interleaved pipeline.
+    """
+
+    def __init__(self, config: Config, *, pre_process: bool, post_process: bool, vp_stage: int | None = None) -> None:
         megatron = transformer_config(config)
         super().__init__(megatron)
         # Names that megatron's schedule, wrapper and gradient reductions read:
-        self.pre_process, self.post_process = pre_process, post_process
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
 
@@ -43,7 +54,7 @@ class SpeechTextModel(MegatronModule):
         if pre_process:
             self.embedding = StreamEmbedding(config.streams, megatron=megatron, kernels=kernels)
         self.temporal = TemporalTransformer(
-            config, megatron=megatron, pre_process=pre_process, post_process=post_process
+            config, megatron=megatron, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
         )
         if post_process:
             self.text_head = tensor_parallel.ColumnParallelLinear(
@@ -70,17 +81,18 @@ class SpeechTextModel(MegatronModule):
             weights_BPT: weight of every predicted token in the loss, 0 for none; None asks for logits.
 
         Returns:
-            `hidden_TBH` for the next stage; of the last stage its `Losses`, or without weights the logits, FP32: text
+            `hidden_TBH` for the next chunk; of the last one its `Losses`, or without weights the logits, FP32: text
             `[B, T, V_text]` and audio `[B, Q, T, V]`. Position t of a codebook predicts its token of frame t - delay.
         """
         hidden_TBH = self.embedding(codes_BST) if self.pre_process else None
-        hidden_TBH = self.temporal(hidden_TBH, num_frames=codes_BST.shape[-1])
+        hidden_TBH = self.temporal(hidden_TBH, padding_BT=codes_BST[:, 0] == ZERO_TOKEN)
         if not self.post_process:
             return hidden_TBH
         tokens_BPT = self._delayed(codes_BST, fill=self.initial)
         if weights_BPT is None:
             return self._logits(hidden_TBH, tokens_BPT)
         weights_BPT = self._delayed(weights_BPT, fill=torch.zeros_like(self.initial))  # initial tokens weigh nothing
+        tokens_BPT, weights_BPT = on_context_rank(tokens_BPT), on_context_rank(weights_BPT)
         return stream_losses(
             self._text_loss(hidden_TBH, tokens_BPT[:, 0], weights_BPT[:, 0]),
             self._audio_loss(hidden_TBH, tokens_BPT, weights_BPT),
@@ -96,6 +108,7 @@ class SpeechTextModel(MegatronModule):
         text_TBV = gather_from_tensor_model_parallel_region(self.text_head(hidden_TBH)[0])
         if self.config.sequence_parallel:
             hidden_TBH = gather_from_sequence_parallel_region(hidden_TBH, tensor_parallel_output_grad=False)
+        text_TBV, hidden_TBH = from_context_ranks(text_TBV), from_context_ranks(hidden_TBH)
         audio_QNV = self.depth.logits(hidden_TBH.flatten(0, 1), _frames_first(tokens_BPT)[:-1].flatten(1))
         audio_QTBV = audio_QNV.unflatten(1, hidden_TBH.shape[:2])
         return text_TBV.transpose(0, 1).float(), audio_QTBV.permute(2, 0, 1, 3)
@@ -112,13 +125,18 @@ class SpeechTextModel(MegatronModule):
 
     def _audio_loss(self, hidden_TBH: Tensor, tokens_BPT: Tensor, weights_BPT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """This tensor parallel rank's share of the frames: the one sequence parallelism leaves it anyway."""
+        tokens_PTB, weights_QTB = _frames_first(tokens_BPT), _frames_first(weights_BPT)[1:]
         size = self.config.tensor_model_parallel_size
         if size > 1 and not self.config.sequence_parallel:
+            missing = -hidden_TBH.shape[0] % size  # frames of weight 0, so that every rank gets as many
+            hidden_TBH, tokens_PTB, weights_QTB = (
+                F.pad(x, (0, 0) * (x.ndim - 1 - axis) + (0, missing))
+                for x, axis in ((hidden_TBH, 0), (tokens_PTB, 1), (weights_QTB, 1))
+            )
             hidden_TBH = scatter_to_sequence_parallel_region(hidden_TBH)
         frames = hidden_TBH.shape[0]
         first = parallel_state.get_tensor_model_parallel_rank() * frames if size > 1 else 0
-        tokens_PTB = _frames_first(tokens_BPT)[:, first : first + frames]
-        weights_QTB = _frames_first(weights_BPT)[1:, first : first + frames]
+        tokens_PTB, weights_QTB = tokens_PTB[:, first : first + frames], weights_QTB[:, first : first + frames]
         # Frames without weight (silence left out, padding, nothing to say) never enter the depth transformer.
         kept_TB = (weights_QTB > 0).any(0)
         kept_TB[0, 0] |= ~kept_TB.any()  # at least one, be it of weight 0: attention kernels refuse an empty batch

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -19,7 +22,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megaspeech.config import Config
+from megaspeech.config.schema import ParallelSection
 from megaspeech.model.attention import CoreAttention
+from megaspeech.model.frames import on_context_rank
 from megaspeech.model.norm import RMSNorm
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -56,9 +61,6 @@ def transformer_config(config: Config) -> TransformerConfig:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        sequence_parallel=parallel.sequence_parallel,
         # Fusions that need Apex or a compiler; TransformerEngine brings its own.
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -66,23 +68,70 @@ def transformer_config(config: Config) -> TransformerConfig:
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
+        **_layout(parallel),
+        **(_experts(config) if shape.num_moe_experts else {}),
     )
 
 
-def layer_spec(transformer_impl: str) -> ModuleSpec:
+def _layout(parallel: ParallelSection) -> dict[str, Any]:
+    """The fields of the layout, and of what is recomputed in the backward pass."""
+    same = (
+        "tensor_model_parallel_size",
+        "sequence_parallel",
+        "pipeline_model_parallel_size",
+        "virtual_pipeline_model_parallel_size",
+        "num_layers_in_first_pipeline_stage",
+        "num_layers_in_last_pipeline_stage",
+        "pipeline_model_parallel_layout",
+        "context_parallel_size",
+        "expert_model_parallel_size",
+        "expert_tensor_parallel_size",
+        "recompute_granularity",
+    )
+    fields = {name: getattr(parallel, name) for name in same}
+    # Interleaved stages send forward and backward at once: in one batch they would be mixed up between two ranks.
+    interleaved = parallel.num_chunks > 1
+    fields |= {"overlap_p2p_comm": interleaved, "batch_p2p_comm": not interleaved}
+    if parallel.recompute_granularity == "full":  # each layer keeps its input alone, unless told otherwise
+        fields["recompute_method"] = parallel.recompute_method or "uniform"
+        fields["recompute_num_layers"] = parallel.recompute_num_layers or 1
+    elif parallel.recompute_modules:
+        fields["recompute_modules"] = list(parallel.recompute_modules)
+    return fields
+
+
+def _experts(config: Config) -> dict[str, Any]:
+    shape = config.temporal
+    return {
+        "num_moe_experts": shape.num_moe_experts,
+        "moe_ffn_hidden_size": shape.moe_ffn_hidden_size or shape.ffn_hidden_size,
+        "moe_router_topk": shape.moe_router_topk,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": shape.moe_aux_loss_coeff,
+        "moe_token_dispatcher_type": shape.moe_token_dispatcher_type,
+        # One grouped product for all experts is TransformerEngine's; the local spec runs one expert after the other.
+        "moe_grouped_gemm": config.model.transformer_impl == "transformer_engine",
+    }
+
+
+def layer_spec(config: Config) -> ModuleSpec:
     """The layer of `model.transformer_impl`. Raises ValueError where TransformerEngine is asked for and absent."""
-    if transformer_impl == "local":
-        spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    experts = config.temporal.num_moe_experts
+    if config.model.transformer_impl == "local":
+        spec = get_gpt_layer_local_spec(num_experts=experts, normalization="RMSNorm")
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
         spec.submodules.self_attention.submodules.core_attention = CoreAttention
-        return spec
-    try:
-        return get_gpt_layer_with_transformer_engine_spec()
-    except (ImportError, NameError) as error:
-        raise ValueError(
-            'model.transformer_impl = "transformer_engine", but TransformerEngine is not installed; '
-            'install megaspeech[gpu], or set "local"'
-        ) from error
+        if experts:  # TransformerEngine fuses no norm into experts, so neither are its names theirs
+            del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+    else:
+        try:
+            return get_gpt_layer_with_transformer_engine_spec(num_experts=experts, moe_grouped_gemm=bool(experts))
+        except (ImportError, NameError) as error:
+            raise ValueError(
+                'model.transformer_impl = "transformer_engine", but TransformerEngine is not installed; '
+                'install megaspeech[gpu], or set "local"'
+            ) from error
+    return spec
 
 
 class TemporalTransformer(MegatronModule):
@@ -91,17 +140,27 @@ class TemporalTransformer(MegatronModule):
     Args:
         config: the run.
         megatron: `transformer_config(config)`, shared by the whole model.
-        pre_process, post_process: whether this is the first, the last stage.
+        pre_process, post_process: whether this is the first, the last chunk of the model.
+        vp_stage: which chunk of its stage it is, under an interleaved pipeline.
     """
 
-    def __init__(self, config: Config, *, megatron: TransformerConfig, pre_process: bool, post_process: bool) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        megatron: TransformerConfig,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None = None,
+    ) -> None:
         super().__init__(megatron)
-        layers = [layer_spec(config.model.transformer_impl)] * get_num_layers_to_build(megatron)
+        layers = [layer_spec(config)] * get_num_layers_to_build(megatron, vp_stage)
         self.block = TransformerBlock(
             megatron,
             TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm),
             pre_process=pre_process,
             post_process=post_process,
+            vp_stage=vp_stage,
         )
         self.rope = RotaryEmbedding(
             megatron.kv_channels,
@@ -115,9 +174,21 @@ class TemporalTransformer(MegatronModule):
         """Hand over what the previous stage sent; the pipeline schedule calls this."""
         self.block.set_input_tensor(hidden)
 
-    def forward(self, hidden_TBH: Tensor | None, *, num_frames: int) -> Tensor:
-        """`[T, B, H]` (under sequence parallelism this rank's frames of it) through this stage's layers.
+    def forward(self, hidden_TBH: Tensor | None, *, padding_BT: Tensor) -> Tensor:
+        """`[T, B, H]` (under context and sequence parallelism this rank's frames of it) through this chunk's layers.
 
-        `num_frames` is T of the whole sample.
+        `padding_BT` tells which frames of the whole samples are padding.
         """
-        return self.block(hidden_TBH, attention_mask=None, rotary_pos_emb=self.rope(num_frames))
+        rope = self.rope(padding_BT.shape[-1])
+        padding = self._padding_for_experts(padding_BT)
+        return self.block(hidden_TBH, attention_mask=None, rotary_pos_emb=rope, padding_mask=padding)
+
+    def _padding_for_experts(self, padding_BT: Tensor) -> Tensor | None:
+        """Of this rank's frames; None without experts, whose balance alone must not count padding."""
+        if self.config.num_moe_experts is None:
+            return None
+        padding_BT = on_context_rank(padding_BT)
+        if self.config.sequence_parallel:
+            size, rank = self.config.tensor_model_parallel_size, parallel_state.get_tensor_model_parallel_rank()
+            padding_BT = padding_BT.chunk(size, -1)[rank]
+        return padding_BT

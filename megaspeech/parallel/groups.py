@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +26,8 @@ class Grid:
     dp_size: int
     is_first_stage: bool
     is_last_stage: bool
+    num_chunks: int
+    """Chunks of the model that this stage holds: 1, or more under an interleaved pipeline."""
     is_main: bool
     """True on the one rank that speaks for all: the last stage's first, which knows the losses."""
 
@@ -42,9 +45,16 @@ def initialise(parallel: ParallelSection, *, seed: int, timeout: float = 600.0) 
         seed: of parameter initialisation and dropout.
         timeout: seconds after which a collective that waits for a lost rank gives up.
     """
+    join(parallel, timeout=timeout)
+    return build_grid(parallel, seed=seed)
+
+
+def join(parallel: ParallelSection, *, timeout: float = 600.0) -> None:
+    """Take this process's device and join the process group of all ranks."""
     if torch.cuda.is_available():
-        if parallel.tensor_model_parallel_size > 1:
-            # megatron-core orders its overlapped communication by it, on GPUs before Blackwell.
+        # megatron-core orders overlapped tensor parallel communication by it, on GPUs before Blackwell; FSDP's
+        # gathers must overlap and forbid it.
+        if parallel.tensor_model_parallel_size > 1 and parallel.data_parallel == "ddp":
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "nccl"
@@ -54,13 +64,24 @@ def initialise(parallel: ParallelSection, *, seed: int, timeout: float = 600.0) 
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
         os.environ.setdefault(name, value)  # without torchrun: one rank
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    parallel_state.initialize_model_parallel(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
-    model_parallel_cuda_manual_seed(seed)
-    return current_grid()
 
 
-def current_grid() -> Grid:
-    """The grid that `initialise` built."""
+def build_grid(parallel: ParallelSection, *, seed: int) -> Grid:
+    """megatron-core's groups of a layout, and its random states; after `remove_grid` another layout's."""
+    parallel_state.initialize_model_parallel(
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.num_chunks if parallel.num_chunks > 1 else None,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+    )
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return current_grid(parallel)
+
+
+def current_grid(parallel: ParallelSection) -> Grid:
+    """The grid that `build_grid` built."""
     is_last = parallel_state.is_pipeline_last_stage()
     tp_rank, dp_rank = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_data_parallel_rank()
     return Grid(
@@ -70,8 +91,24 @@ def current_grid() -> Grid:
         dp_size=parallel_state.get_data_parallel_world_size(),
         is_first_stage=parallel_state.is_pipeline_first_stage(),
         is_last_stage=is_last,
-        is_main=is_last and tp_rank == 0 and dp_rank == 0,
+        num_chunks=parallel.num_chunks,
+        is_main=is_last and tp_rank == dp_rank == parallel_state.get_context_parallel_rank() == 0,
     )
+
+
+def remove_grid() -> None:
+    """Take the groups of a layout down again, ready for another layout's; all ranks call this.
+
+    The process group of all ranks is made anew too: what torch remembers of the old groups by name goes with it.
+    """
+    dist.barrier()
+    store, backend = dist.distributed_c10d._get_default_store(), dist.get_backend()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+    gc.collect()  # modules hold groups, and groups hold threads
+    store = dist.PrefixStore("next", store)  # the keys of the old one are used up
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
 def speaks_for_failure() -> bool:

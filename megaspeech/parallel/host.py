@@ -2,15 +2,16 @@
 
 megatron-core 0.16.1 takes a GPU for granted: it builds tensors on `torch.cuda.current_device()`, copies RNG states to
 and from the device, waits for streams. `enable()` gives each of those names its host meaning and `disable()` restores
-every one; all other code is what runs on GPUs. `REPLACEMENTS` names the megatron-core line each answer is for, and
-`_optimizer_patches` what torch's Adam needs where neither TransformerEngine nor Apex brings another.
+every one; all other code is what runs on GPUs. `REPLACEMENTS` names the megatron-core line each answer is for.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -43,8 +44,13 @@ class _HostMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if "device" in kwargs:
             kwargs = {**kwargs, "device": _host_device(kwargs["device"])}
-        if func is torch.Tensor.cuda:
+        if kwargs.get("pin_memory"):  # models/common/embeddings/rope_utils.py:62, under context parallelism
+            kwargs = {**kwargs, "pin_memory": False}
+        if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
             return args[0]
+        if len(args) == 1 and isinstance(args[0], str) and args[0] == "cuda:cpu":
+            # megatron_fsdp.py:184 writes the current device's number behind "cuda:"
+            return CPU
         if func is torch.Tensor.to:
             args = tuple(_host_device(arg) for arg in args)
         if func is torch.Tensor.type and len(args) == 1:
@@ -94,8 +100,37 @@ REPLACEMENTS: tuple[tuple[str, str, Any, str], ...] = (
         lambda state, *_, **__: torch.set_rng_state(state),
         "random.py:255",
     ),
+    (
+        "megatron.core.transformer.moe.token_dispatcher",
+        "maybe_move_tensor_to_cpu",
+        lambda tensor, as_numpy=False, **_: tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor,
+        "token_dispatcher.py:876: split sizes stay tensors where they are on the CPU already",
+    ),
 )
 """(module, name, host meaning, the megatron-core line that needs it)."""
+
+WITHOUT_TRANSFORMER_ENGINE: tuple[tuple[str, str, Any, str], ...] = (
+    (
+        "megatron.core.transformer.moe.moe_utils",
+        "te_general_gemm",
+        None,
+        "moe_utils.py:1192: the router asks for its matrix product",
+    ),
+    (
+        "megatron.core.tensor_parallel.random",
+        "FP8GlobalStateManager",
+        SimpleNamespace(is_fp8_enabled=lambda: False),
+        "random.py:589: recomputed norms and expert activations ask for FP8",
+    ),
+    (
+        "megatron.core.tensor_parallel.random",
+        "activation_recompute_forward",
+        lambda **_: contextlib.nullcontext(),
+        "random.py:592",
+    ),
+    ("megatron.core.tensor_parallel.random", "fp8_autocast", lambda **_: contextlib.nullcontext(), "random.py:687"),
+)
+"""Likewise, for names that megatron-core binds only where TransformerEngine is; those that are bound stay."""
 
 _restore: list[Callable[[], None]] = []
 
@@ -119,13 +154,19 @@ def enable() -> None:
         )
     # All is imported before anything is replaced: modules that look at torch.cuda find it as it is.
     replacements = [(importlib.import_module(module), name, value) for module, name, value, _ in REPLACEMENTS]
-    replacements += _optimizer_patches()
+    unbound = [(importlib.import_module(module), name, value) for module, name, value, _ in WITHOUT_TRANSFORMER_ENGINE]
     mode = _HostMode()
     mode.__enter__()
     _restore.append(lambda: mode.__exit__(None, None, None))
     try:
         for owner, name, value in replacements:
-            _replace(owner, name, value)
+            original = getattr(owner, name)
+            setattr(owner, name, value)
+            _restore.append(functools.partial(setattr, owner, name, original))
+        for owner, name, value in unbound:
+            if not hasattr(owner, name):
+                setattr(owner, name, value)
+                _restore.append(functools.partial(delattr, owner, name))
     except BaseException:
         disable()
         raise
@@ -145,49 +186,3 @@ def host_ranks() -> Iterator[None]:
         yield
     finally:
         disable()
-
-
-def _replace(owner: Any, name: str, value: Any) -> None:
-    original = getattr(owner, name)
-    setattr(owner, name, value)
-    _restore.append(lambda: setattr(owner, name, original))
-
-
-def _optimizer_patches() -> Iterator[tuple[Any, str, Callable]]:
-    """What megatron-core's DistributedOptimizer needs to save and load torch's Adam, whose `step` is a tensor of every
-    parameter, where FusedAdam's is a number of the group."""
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    state_dict, load_state_dict = DistributedOptimizer.state_dict, DistributedOptimizer.load_state_dict
-
-    def state_dict_with_state(self: Any) -> Any:
-        # distrib_optimizer.py asserts one common step: before the first step there is none, so make it.
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                if not self.optimizer.state[parameter]:
-                    self.optimizer.state[parameter] = {
-                        "step": torch.tensor(0.0),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
-        return state_dict(self)
-
-    def load_state_dict_unshared(self: Any, state: Any) -> Any:
-        result = load_state_dict(self, state)
-        # It hands all parameters one `step` tensor, which Adam would then advance once for each of them.
-        for values in self.optimizer.state.values():
-            if "step" in values:
-                values["step"] = values["step"].clone()
-        return result
-
-    @torch.no_grad()  # without TransformerEngine the main parameters are leaves that require gradients
-    def set_without_step(self: Any, model_parameter: Any, tensors: dict) -> None:
-        group, order = self.model_param_group_index_map[model_parameter]
-        main = self.optimizer.param_groups[group]["params"][order]
-        for key, value in {"param": main, **self.optimizer.state[main]}.items():
-            if key != "step":  # distrib_optimizer.py:939 would look for it among the tensors
-                value.copy_(tensors[key])
-
-    yield DistributedOptimizer, "state_dict", state_dict_with_state
-    yield DistributedOptimizer, "load_state_dict", load_state_dict_unshared
-    yield DistributedOptimizer, "_set_main_param_and_optimizer_states", set_without_step

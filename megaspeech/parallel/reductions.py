@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 def finalise_gradients(chunks: list[torch.nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:
@@ -19,7 +20,7 @@ def finalise_gradients(chunks: list[torch.nn.Module], num_tokens: Tensor | None 
     if group.size() == 1:
         return
     gradients = [
-        parameter.main_grad
+        local_gradient(parameter)
         for chunk in chunks
         for parameter in chunk.parameters()
         if getattr(parameter, "tensor_parallel_partial", False)
@@ -32,13 +33,20 @@ def finalise_gradients(chunks: list[torch.nn.Module], num_tokens: Tensor | None 
         gradient.copy_(total)
 
 
+def local_gradient(parameter: Tensor) -> Tensor:
+    """This rank's part of a parameter's gradient: megatron-core's buffer, or the local shard of torch's FSDP."""
+    if hasattr(parameter, "main_grad"):
+        return parameter.main_grad
+    return parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+
+
 def sum_over_data_parallel(values: Tensor) -> Tensor:
-    """`values` summed over the data parallel group, in place."""
-    dist.all_reduce(values, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    """`values` summed over the data parallel group, in place; context parallel ranks hold the same samples."""
+    dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
     return values
 
 
-def sum_over_tensor_and_data_parallel(values: Tensor) -> Tensor:
-    """`values` summed over the tensor and data parallel groups of a pipeline stage, in place."""
+def sum_over_stage(values: Tensor) -> Tensor:
+    """`values` summed over the tensor, context and data parallel ranks of a pipeline stage, in place."""
     dist.all_reduce(values, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
     return values

@@ -1,4 +1,4 @@
-"""Model chunk -> data parallel wrapper -> optimizer and learning rate schedule, all megatron-core's."""
+"""Model chunks -> data parallel wrapper -> optimizer and learning rate schedule, megatron-core's but for FSDP2."""
 
 from __future__ import annotations
 
@@ -12,46 +12,72 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module, MegatronModule
 
 from megaspeech.config import Config
+from megaspeech.parallel.fsdp2 import FullyShardedChunk
 from megaspeech.parallel.reductions import finalise_gradients
 
 
 @dataclass
 class Wrapped:
-    """What a trainer steps: the bare stage, its wrapper, the optimizer and its schedule."""
+    """What a trainer steps: the stage's chunks bare and wrapped, the optimizer and its schedule."""
 
-    model: MegatronModule
-    chunk: DistributedDataParallel
+    models: list[MegatronModule]
+    chunks: list[torch.nn.Module]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.chunks[0].parameters()).device
+
+    def release(self) -> None:
+        """Let go of what python's garbage collector cannot see: gradient hooks that hold their own model in a ring."""
+        for chunk in self.chunks:
+            getattr(chunk, "grad_accs", []).clear()
+
 
 def wrap(
-    config: Config, *, build: Callable[[], MegatronModule], initialise: Callable[[MegatronModule], None]
+    config: Config,
+    *,
+    num_chunks: int,
+    build: Callable[[int | None], MegatronModule],
+    initialise: Callable[[MegatronModule], None],
 ) -> Wrapped:
     """Build, initialise and wrap this rank's stage.
 
     Args:
         config: the run.
-        build: makes the stage.
+        num_chunks: chunks of the model that the stage holds.
+        build: makes the chunk of a number, or with None the whole stage.
         initialise: last touch to the weights before the optimizer takes its copies of them.
     """
-    model = build()
-    initialise(model)
-    megatron = model.config
-    inner = Float16Module(megatron, model) if megatron.bf16 else model
+    models = [build(index if num_chunks > 1 else None) for index in range(num_chunks)]
+    for model in models:
+        initialise(model)
+    chunks = [_DATA_PARALLEL[config.parallel.data_parallel](model, config, index) for index, model in enumerate(models)]
+    optimizer = get_megatron_optimizer(_optimizer_config(config), chunks)
+    _fuse(optimizer)
+    for model in models:
+        model.config.finalize_model_grads_func = finalise_gradients
+        model.config.grad_scale_func = optimizer.scale_loss
+    return Wrapped(models, chunks, optimizer, _scheduler(config, optimizer))
+
+
+def _ddp(model: MegatronModule, config: Config, index: int) -> torch.nn.Module:
+    inner = Float16Module(model.config, model) if model.config.bf16 else model
     if torch.cuda.is_available():
         inner.cuda(torch.cuda.current_device())
     distributed = config.parallel.use_distributed_optimizer
-    chunk = DistributedDataParallel(
-        megatron,
-        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed),
-        inner,
-    )
-    optimizer = get_megatron_optimizer(_optimizer_config(config, dtype=megatron.params_dtype), [chunk])
-    _fuse(optimizer)
-    megatron.finalize_model_grads_func = finalise_gradients
-    megatron.grad_scale_func = optimizer.scale_loss
-    return Wrapped(model, chunk, optimizer, _scheduler(config, optimizer))
+    options = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed)
+    # Gradients of a chunk that is not the last one of the backward pass are reduced in one piece, as megatron does.
+    return DistributedDataParallel(model.config, options, inner, disable_bucketing=index > 0)
+
+
+def _fsdp2(model: MegatronModule, config: Config, index: int) -> torch.nn.Module:
+    return FullyShardedChunk(model)
+
+
+_DATA_PARALLEL = {"ddp": _ddp, "fsdp2": _fsdp2}
 
 
 def _fuse(optimizer: MegatronOptimizer) -> None:
@@ -63,8 +89,10 @@ def _fuse(optimizer: MegatronOptimizer) -> None:
                 group["fused"] = True
 
 
-def _optimizer_config(config: Config, *, dtype: torch.dtype) -> OptimizerConfig:
-    section = config.optimizer
+def _optimizer_config(config: Config) -> OptimizerConfig:
+    section, ddp = config.optimizer, config.parallel.data_parallel == "ddp"
+    # Both kinds of FSDP keep FP32 shards and compute in what is gathered from them: they have no other main parameters.
+    bf16 = config.training.params_dtype == "bf16" and ddp
     return OptimizerConfig(
         optimizer="adam",
         lr=section.lr,
@@ -74,9 +102,9 @@ def _optimizer_config(config: Config, *, dtype: torch.dtype) -> OptimizerConfig:
         adam_beta2=section.adam_beta2,
         adam_eps=section.adam_eps,
         clip_grad=section.clip_grad,
-        params_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
-        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        bf16=bf16,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer and ddp,
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megaspeech.config.schema import StreamsSection
-from megaspeech.parallel.reductions import sum_over_tensor_and_data_parallel
+from megaspeech.parallel.reductions import sum_over_stage
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def reduce_metrics(reports: Sequence[dict[str, Tensor]], *, totals: Tensor, stre
     weighted = torch.stack([report["weighted"] for report in reports]).sum(0)
     statistics = torch.stack([report["statistics"] for report in reports]).sum(0)
     total = torch.cat([weighted.double(), statistics.double().flatten()])
-    total = sum_over_tensor_and_data_parallel(total).cpu()
+    total = sum_over_stage(total).cpu()
     text, audio = (total[:2] / totals[:2].cpu().clamp(min=1e-9)).tolist()
     losses, accuracies = {}, {}
     rows = total[2:].view(-1, 3).tolist()

@@ -5,7 +5,7 @@ Teacher-forced, because that runs through any layout's pipeline; the streamed an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -28,7 +28,7 @@ def log_spoken_sample(
     journal: Journal,
     *,
     step: int,
-    chunk: torch.nn.Module,
+    chunks: Sequence[torch.nn.Module],
     batches: Mapping[str, list[Batch]],
     codec: Codec | None,
     config: Config,
@@ -36,18 +36,22 @@ def log_spoken_sample(
 ) -> None:
     """Write sound and spectrogram of the first validation sample of every spoken task; all ranks call this."""
     for task in (name for name in batches if name.startswith(SPOKEN)):
-        batch = batches[task][0].to(next(chunk.parameters()).device)
-        chunk.eval()
+        device = next(chunks[0].parameters()).device
+        # An interleaved pipeline runs as many microbatches at a time as it has stages: the same one again.
+        batch, repeats = batches[task][0].to(device), config.parallel.pipeline_model_parallel_size
+        for chunk in chunks:
+            chunk.eval()
         with torch.no_grad():
             outputs = run_microbatches(
                 forward_logits,
-                chunk=chunk,
-                microbatches=[batch],
+                chunks=chunks,
+                microbatches=[batch] * (repeats if len(chunks) > 1 else 1),
                 num_frames=batch.num_frames,
                 micro_batch_size=config.training.micro_batch_size,
                 forward_only=True,
             )
-        chunk.train()
+        for chunk in chunks:
+            chunk.train()
         if grid.is_main and codec is not None:
             _, audio_BQTV = outputs[0]
             codes_QT = _undelayed(audio_BQTV[0].argmax(-1), delays=config.streams.delays[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,13 +13,16 @@ from megaspeech.checkpoint import state, store
 from megaspeech.checkpoint.origin import StreamManifest
 from megaspeech.codecs.registry import load_codec
 from megaspeech.config import Config, write_config
+from megaspeech.data.loading import StepBatches
 from megaspeech.data.mixture import Batch, TrainBatches, valid_batches
+from megaspeech.data.rejected import RejectedSamples
 from megaspeech.data.shards import check_origins
 from megaspeech.data.tokenizer import Tokenizer
 from megaspeech.model.counting import count_flops, count_parameters
 from megaspeech.model.initialisation import initialise_from_codebooks
 from megaspeech.model.speech_text_model import SpeechTextModel
 from megaspeech.parallel.groups import Grid
+from megaspeech.parallel.lifeline import end_with_parent
 from megaspeech.parallel.reductions import sum_over_data_parallel
 from megaspeech.parallel.schedule import run_microbatches
 from megaspeech.parallel.wrap import wrap
@@ -42,8 +46,7 @@ class Trainer:
         self.valid = valid_batches(config, dp_rank=grid.dp_rank, dp_size=grid.dp_size)
         self.codec = load_codec(config.codec.path) if config.codec.path else None
         self._check_shards()
-        self.wrapped = wrap(config, build=self._build, initialise=self._initialise)
-        self.device = next(self.wrapped.model.parameters()).device
+        self.wrapped = wrap(config, num_chunks=grid.num_chunks, build=self._build, initialise=self._initialise)
         header = self.batches.samples.datasets[0].shard.header
         self.store = store.CheckpointStore(
             Path(config.run.directory) / "checkpoints", config=config, manifest=StreamManifest.of(header, config)
@@ -62,9 +65,10 @@ class Trainer:
         if checkpoint.save_seed and self.step == 0:
             self.save()
         last = min(training.exit_step or training.train_steps, training.train_steps)
+        batches = self._load_ahead(last)
         while self.step < last:
             started, learning_rate = time.perf_counter(), self.wrapped.optimizer.param_groups[0]["lr"]
-            metrics, grad_norm = self.train_step(self.batches(self.step))
+            metrics, grad_norm = self.train_step(next(batches))
             self.step += 1
             if metrics is not None:
                 self.journal.step(
@@ -84,6 +88,23 @@ class Trainer:
                 self._log_sample()
         self.journal.close()
 
+    def _load_ahead(self, last: int) -> Iterator[list[Batch]]:
+        """This rank's batches from the current step on, up to `last`; what is damaged in them is accounted for."""
+        rejected = RejectedSamples(Path(self.config.run.directory) / "rejected_samples.jsonl")
+        for batches in self.valid.values():
+            rejected.take(self.step, batches)
+        loaded = StepBatches(
+            self.batches,
+            steps=range(self.step, last),
+            num_workers=self.config.data.num_workers,
+            pin_memory=self.wrapped.device.type != "cpu",
+            on_start=end_with_parent,
+            say=lambda text: print(f"rank {self.grid.rank}: {text}", flush=True),  # only this rank knows
+        )
+        for step, batches in enumerate(loaded, self.step):
+            rejected.take(step, batches)
+            yield batches
+
     def train_step(self, batches: list[Batch]) -> tuple[StreamMetrics | None, float]:
         """One optimizer step over this rank's microbatches.
 
@@ -91,7 +112,8 @@ class Trainer:
             (metrics on the last stage, None elsewhere; gradient norm before clipping).
         """
         wrapped = self.wrapped
-        wrapped.chunk.zero_grad_buffer()
+        for chunk in wrapped.chunks:
+            chunk.zero_grad_buffer()
         wrapped.optimizer.zero_grad()
         reports, totals = self._run(batches, forward_only=False)
         _, grad_norm, _ = wrapped.optimizer.step()
@@ -100,12 +122,14 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Validation losses of every task, all samples of `valid/`."""
-        self.wrapped.chunk.eval()
+        for chunk in self.wrapped.chunks:
+            chunk.eval()
         by_task = {}
         with torch.no_grad():
             for task, batches in self.valid.items():
                 by_task[task] = self._metrics(*self._run(batches, forward_only=True))
-        self.wrapped.chunk.train()
+        for chunk in self.wrapped.chunks:
+            chunk.train()
         if self.grid.is_last_stage:
             self.journal.valid(self.step, by_task)
 
@@ -117,7 +141,7 @@ class Trainer:
         """
         self.finish_save(blocking=True)
         self._save_started = time.perf_counter()
-        self.store.save(self._state(is_loading=False), step=self.step)
+        self.store.save(state.run_state(self.wrapped, step=self.step), step=self.step)
         self.finish_save(blocking=is_last, is_last=is_last)
 
     def finish_save(self, *, blocking: bool = False, is_last: bool = False) -> None:
@@ -134,7 +158,9 @@ class Trainer:
             self.journal.say("\n  ".join([f"step {self.step:>6}  saved {saved.path} in {seconds:.1f} s", *saved.notes]))
 
     def _run(self, batches: list[Batch], *, forward_only: bool) -> tuple[list[dict[str, Tensor]], Tensor]:
-        totals = sum_over_data_parallel(torch.stack([batch.totals() for batch in batches]).sum(0).to(self.device))
+        totals = sum_over_data_parallel(
+            torch.stack([batch.totals() for batch in batches]).sum(0).to(self.wrapped.device)
+        )
         reports = run_microbatches(
             make_forward_step(
                 weight_sums=totals[:2],
@@ -142,8 +168,8 @@ class Trainer:
                 dp_size=self.grid.dp_size,
                 tensor_parallel_size=self.config.parallel.tensor_model_parallel_size,
             ),
-            chunk=self.wrapped.chunk,
-            microbatches=[batch.to(self.device) for batch in batches],
+            chunks=self.wrapped.chunks,
+            microbatches=[batch.to(self.wrapped.device) for batch in batches],
             num_frames=batches[0].num_frames,
             micro_batch_size=self.config.training.micro_batch_size,
             forward_only=forward_only,
@@ -166,17 +192,19 @@ class Trainer:
             else None,
         )
 
-    def _build(self) -> SpeechTextModel:
-        return SpeechTextModel(self.config, pre_process=self.grid.is_first_stage, post_process=self.grid.is_last_stage)
+    def _build(self, vp_stage: int | None) -> SpeechTextModel:
+        last = None if vp_stage is None else self.grid.num_chunks - 1
+        return SpeechTextModel(
+            self.config,
+            pre_process=self.grid.is_first_stage and vp_stage in (None, 0),
+            post_process=self.grid.is_last_stage and vp_stage == last,
+            vp_stage=vp_stage,
+        )
 
     def _initialise(self, model: SpeechTextModel) -> None:
         vectors = self.codec.codebook_vectors() if self.codec else None
         if vectors is not None:
             initialise_from_codebooks(model, vectors, streams=self.config.streams, seed=self.config.run.seed)
-
-    def _state(self, *, is_loading: bool) -> dict:
-        distributed = self.config.parallel.use_distributed_optimizer
-        return state.run_state(self.wrapped, step=self.step, distributed_optimizer=distributed, is_loading=is_loading)
 
     def _resume(self) -> None:
         seed = self.config.checkpoint.seed_checkpoint
@@ -185,36 +213,32 @@ class Trainer:
             self.journal.say(f"skipping a damaged checkpoint, {line}")
         if latest is not None:
             self.store.check(latest, going_on=True)
-            loaded = store.load(latest, self._state(is_loading=True), config=self.config)
+            wanted = state.run_state(self.wrapped, step=self.step, is_loading=True)
+            loaded = store.load(latest, wanted, config=self.config)
             self.step = state.load_run_state(self.wrapped, loaded)
             self.journal.say(f"going on at step {self.step} from {latest}")
         elif seed:
             store.check_whole(seed)
             self.store.check(seed, going_on=False)
-            distributed = self.config.parallel.use_distributed_optimizer
-            wanted = state.model_state(self.wrapped, distributed_optimizer=distributed)
-            state.load_model_state(self.wrapped, store.load(seed, wanted, config=self.config))
+            loaded = store.load(seed, state.model_state(self.wrapped), config=self.config)
+            state.load_model_state(self.wrapped, loaded)
             self.journal.say(f"starting from the weights of {seed}")
         self.journal.resume(self.step)
 
     def _announce(self) -> None:
         parallel, parameters = self.config.parallel, count_parameters(self.config)
         flops = count_flops(self.config, num_frames=self.config.data.num_frames)
-        layout = (
-            f"tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} x data"
-        )
         self.journal.say(
             f"{self.config.run.name}: {sum(parameters.values()):,} parameters ("
             + ", ".join(f"{part} {count:,}" for part, count in parameters.items())
-            + f"), {3 * sum(flops.values()) / 1e6:.1f} MFLOP a frame; {layout} {self.grid.dp_size}"
-            + (" with sequence parallelism" if parallel.sequence_parallel else "")
+            + f"), {3 * sum(flops.values()) / 1e6:.1f} MFLOP a frame; {parallel.describe(self.grid.dp_size)}"
         )
 
     def _log_sample(self) -> None:
         log_spoken_sample(
             self.journal,
             step=self.step,
-            chunk=self.wrapped.chunk,
+            chunks=self.wrapped.chunks,
             batches=self.valid,
             codec=self.codec,
             config=self.config,

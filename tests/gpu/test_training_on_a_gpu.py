@@ -44,6 +44,7 @@ def test_losses_equal_a_cpu_ranks(
         f"data.directory={directory}/shards",
         f"run.directory={directory}/{name}",
         f"checkpoint.seed_checkpoint={directory}/cpu/checkpoints/step_00000000",
+        "data.num_workers=2",  # forked from a process that uses the GPU, into pinned memory
         *overrides,
     )
     assert finished.returncode == 0, finished.stderr

@@ -137,7 +137,6 @@ def test_malformed_overrides(read: Read, override: str) -> None:
             "2 x pipeline 2 = 4 ranks does not divide the 6",
         ),
         (["parallel.sequence_parallel=true"], None, "parallel.sequence_parallel: true needs"),
-        (["parallel.tensor_model_parallel_size=2", "data.length_multiple=5"], None, "length_multiple: 5"),
         (["temporal.hidden_size=66"], None, "temporal.hidden_size: 66 is not divisible by num_attention_heads = 4"),
         (["depth.hidden_size=30"], None, "depth.hidden_size: 30 is not divisible by num_attention_heads = 4"),
         (["temporal.num_query_groups=3"], None, "temporal.num_query_groups: 3 does not divide"),
@@ -159,7 +158,6 @@ def test_faults_between_sections(read: Read, overrides: list[str], world_size: i
     "override, key",
     [
         ("temporal.num_attention_heads=2", "temporal.num_attention_heads: 2"),
-        ("temporal.num_query_groups=2", "temporal.num_query_groups: 2"),
         ("temporal.ffn_hidden_size=178", "temporal.ffn_hidden_size: 178"),
         ("streams.text_cardinality=50", "streams.text_cardinality: 50"),
     ],
@@ -169,6 +167,82 @@ def test_what_tensor_parallelism_splits_must_divide(read: Read, override: str, k
     assert read(*whole).parallel.tensor_model_parallel_size == 4
     faults = faults_of(read, *whole, override)
     assert any(f"{key} is not divisible by parallel.tensor_model_parallel_size = 4" in fault for fault in faults)
+
+
+PIPELINE = "parallel.pipeline_model_parallel_size=2"
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["temporal.num_query_groups=1", "parallel.tensor_model_parallel_size=2"], None),
+        (
+            ["temporal.num_attention_heads=8", "temporal.num_query_groups=2", "parallel.tensor_model_parallel_size=4"],
+            None,
+        ),
+        (
+            # 12 heads of 8 in 3 groups over 4 ranks
+            [
+                *("temporal.num_attention_heads=12", "temporal.num_query_groups=3", "temporal.hidden_size=96"),
+                *("parallel.tensor_model_parallel_size=4", "temporal.ffn_hidden_size=176"),
+            ],
+            "temporal.num_query_groups: 3 and parallel.tensor_model_parallel_size = 4: one must divide the other",
+        ),
+        ([PIPELINE, "parallel.num_layers_in_last_pipeline_stage=1"], None),
+        ([PIPELINE, "parallel.num_layers_in_last_pipeline_stage=5"], "with num_layers_in_last_pipeline_stage: -1"),
+        (
+            [
+                *("parallel.pipeline_model_parallel_size=4", "parallel.num_layers_in_first_pipeline_stage=1"),
+                "parallel.num_layers_in_last_pipeline_stage=2",
+            ],
+            "1 layers are left for 2 stages of 1 chunks",
+        ),
+        ([PIPELINE, "parallel.virtual_pipeline_model_parallel_size=2"], None),
+        ([PIPELINE, "parallel.virtual_pipeline_model_parallel_size=4"], "4 layers are left for 2 stages of 4 chunks"),
+        (["parallel.virtual_pipeline_model_parallel_size=2"], "needs a pipeline of 2 stages or more"),
+        (
+            [PIPELINE, "parallel.virtual_pipeline_model_parallel_size=2", "training.global_batch_size=24"],
+            "3 microbatches on each data parallel rank",
+        ),
+        ([PIPELINE, "parallel.pipeline_model_parallel_layout=Ett|ttL"], None),
+        ([PIPELINE, "parallel.pipeline_model_parallel_layout=E|(t|)*2t,tL"], None),
+        ([PIPELINE, "parallel.pipeline_model_parallel_layout=Ett|tL"], "holds 3 layers (t), temporal.num_layers is 4"),
+        ([PIPELINE, "parallel.pipeline_model_parallel_layout=Ett|t|tL"], "has 3 stages, not a multiple of"),
+        ([PIPELINE, "parallel.pipeline_model_parallel_layout=ttE|ttL"], "must start with the embedding E"),
+        ([PIPELINE, "parallel.pipeline_model_parallel_layout=Ettm|ttL"], "may hold E, t, L"),
+        (
+            [
+                *(PIPELINE, "parallel.pipeline_model_parallel_layout=Ett|ttL"),
+                "parallel.num_layers_in_last_pipeline_stage=2",
+            ],
+            "pipeline_model_parallel_layout says it already",
+        ),
+        (["parallel.expert_model_parallel_size=2"], "the model has no experts"),
+        (["model.preset=tiny-moe", "parallel.expert_model_parallel_size=2"], None),
+        (["model.preset=tiny-moe", "parallel.expert_model_parallel_size=3"], "num_moe_experts: 4 is not divisible"),
+        (["model.preset=tiny-moe", "temporal.moe_router_topk=5"], "temporal.moe_router_topk: 5 of 4 experts"),
+        (["model.preset=tiny-moe", "parallel.tensor_model_parallel_size=2"], "parallel.sequence_parallel: experts"),
+        (
+            ["model.preset=tiny-moe", "parallel.expert_model_parallel_size=2", "parallel.data_parallel=fsdp2"],
+            "cannot spread experts over ranks",
+        ),
+        (["parallel.context_parallel_size=2"], None),
+    ],
+)
+def test_layouts(read: Read, overrides: list[str], words: str | None) -> None:
+    if words is None:
+        read(*overrides)
+    else:
+        assert words in the_fault(read, *overrides)
+
+
+def test_a_layout_in_words(read: Read) -> None:
+    assert read().parallel.describe(1) == "data 1"
+    parallel = read(
+        PIPELINE, "parallel.pipeline_model_parallel_layout=E|tt|t|tL", "parallel.data_parallel=fsdp2"
+    ).parallel
+    assert parallel.num_chunks == 2
+    assert parallel.describe(8) == "pipeline 2 x data 8, fsdp2, interleaved"
 
 
 def test_heads_of_odd_width_are_refused(read: Read) -> None:
@@ -189,7 +263,6 @@ def test_embedding_rows_split_over_powers_of_two_only(read: Read) -> None:
         read,
         *sizes,
         "temporal.ffn_hidden_size=192",
-        "data.length_multiple=18",
         "parallel.tensor_model_parallel_size=6",
     )
     assert "parallel.tensor_model_parallel_size: 6 must be a power of two" in fault

@@ -17,6 +17,7 @@ from megaspeech.model.speech_text_model import SpeechTextModel
 GROUPED = ["depth.num_query_groups=2", "depth.ffn_hidden_size=70", "streams.num_codebooks=3"]
 GROUPED += ["streams.delays=[0, 0, 1, 1, 0, 1, 1, 1]", "streams.text_cardinality=60"]
 SHAPES = {"tiny": ("tiny", []), "digits": ("digits", []), "all different": ("tiny", GROUPED)}
+EXPERTS = {"experts": ("tiny-moe", ["temporal.num_moe_experts=3"])}
 
 
 def test_moshi_7b(tmp_path: Path) -> None:
@@ -24,9 +25,9 @@ def test_moshi_7b(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", SHAPES | EXPERTS)
 def test_parameters_equal_those_of_the_model(name: str, tmp_path: Path) -> None:
-    preset, overrides = SHAPES[name]
+    preset, overrides = (SHAPES | EXPERTS)[name]
     config = make_config(tmp_path, *overrides, preset=preset)
     model = SpeechTextModel(config, pre_process=True, post_process=True)
     built = {

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from one_rank import make_config
-from synthetic import synthetic_header
 
 from megaspeech.config import Config
 from megaspeech.data.mixture import Batch, TrainBatches, valid_batches
 from megaspeech.data.shards import ShardHeader, write_shard
+from megaspeech.data.synthetic import synthetic_header
 from megaspeech.data.tasks import ZERO_TOKEN
 from megaspeech.data.weights import loss_weights
 

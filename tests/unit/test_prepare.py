@@ -195,7 +195,7 @@ def test_directory_appears_when_all_is_written(
     assert (out / "tts-en.json").is_file()  # what was there is there still
     prepare_shards([utterance(path)], out, **settings)
     names = sorted(path.name for path in out.iterdir())
-    assert names == ["asr-en.bin", "asr-en.idx", "asr-en.json", "rejected.jsonl"]
+    assert names == ["asr-en.bin", "asr-en.idx", "asr-en.json", "asr-en.xxh64", "rejected.jsonl"]
     assert not (tmp_path / "out.part").exists() and rejections(out) == {}
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 
 from megaspeech.config import Config
 from megaspeech.config.schema import DataSection, StreamsSection
-from megaspeech.data.shards import FORMAT, Shard, ShardHeader, check_origins, write_shard
+from megaspeech.data.shards import FORMAT, DamagedSampleError, Shard, ShardHeader, check_origins, write_shard
 
 STREAMS = {
     "text_cardinality": 48,
@@ -50,13 +52,16 @@ def samples(*lengths: int, high: int = 32) -> list[np.ndarray]:
 def test_samples_and_header_come_back(tmp_path: Path) -> None:
     written = samples(5, 1, 9)
     header = write_shard(tmp_path / "deep" / "st-ja-en", written, header=HEADER)
-    assert header == replace(HEADER, num_samples=3, num_frames=15)
+    assert header == replace(
+        HEADER, num_samples=3, num_frames=15, num_bytes=header.num_bytes, checksums=header.checksums
+    )
+    assert header.num_bytes["bin"] == 15 * 4 * 2 and header.num_bytes["xxh64"] == 3 * 8
     shard = Shard(tmp_path / "deep" / "st-ja-en")
     assert shard.header == header == ShardHeader.read(tmp_path / "deep" / "st-ja-en")
     assert (len(shard), shard.name) == (3, "st-ja-en")
     for index, sample in enumerate(written):
-        assert np.array_equal(shard[index], sample)
-    assert sorted(path.suffix for path in (tmp_path / "deep").iterdir()) == [".bin", ".idx", ".json"]
+        assert np.array_equal(shard[index], sample) and shard.length(index) == sample.shape[1]
+    assert sorted(path.suffix for path in (tmp_path / "deep").iterdir()) == [".bin", ".idx", ".json", ".xxh64"]
 
 
 def test_tuples_stay_tuples(tmp_path: Path) -> None:
@@ -150,12 +155,15 @@ def test_shard_without_its_header_is_not_whole(tmp_path: Path) -> None:
         Shard(tmp_path / "x")
 
 
-@pytest.mark.parametrize("change", [{"format": 0}, {"silence": None}])
+@pytest.mark.parametrize("change", [{"format": 1}, {"silence": None}, {"checksums": None}])
 def test_header_of_another_format_is_refused(tmp_path: Path, change: dict) -> None:
     write_shard(tmp_path / "x", samples(2), header=HEADER)
     values = {**json.loads((tmp_path / "x.json").read_text()), **change}
     (tmp_path / "x.json").write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
-    with pytest.raises(ValueError, match=rf"x\.json: not a shard header of format {FORMAT}; prepare"):
+    with pytest.raises(
+        ValueError,
+        match=rf"x\.json: not a shard header of format {FORMAT}; remove {tmp_path} and prepare the shards again",
+    ):
         Shard(tmp_path / "x")
 
 
@@ -163,3 +171,84 @@ def test_empty_shard_is_refused(tmp_path: Path) -> None:
     write_shard(tmp_path / "x", [], header=HEADER)
     with pytest.raises(ValueError, match=r"x holds no samples; look into rejected\.jsonl"):
         Shard(tmp_path / "x")
+
+
+def flip(path: Path, place: int, *, bit: int = 0) -> None:
+    """One bit of one byte."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1 << bit
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("place, bit, index", [(0, 0, 0), (5 * 8 - 1, 7, 0), (5 * 8, 3, 1), (15 * 8 - 1, 0, 2)])
+def test_a_flipped_bit_is_found_and_the_sample_named(tmp_path: Path, place: int, bit: int, index: int) -> None:
+    written = samples(5, 1, 9)
+    write_shard(tmp_path / "x", written, header=HEADER)
+    flip(tmp_path / "x.bin", place, bit=bit)
+    shard = Shard(tmp_path / "x")
+    for other in {0, 1, 2} - {index}:
+        assert np.array_equal(shard[other], written[other])
+    with pytest.raises(
+        DamagedSampleError, match=rf"^sample {index} of shard {tmp_path}/x: its checksum is not the one"
+    ):
+        shard[index]
+    assert shard.length(index) == written[index].shape[1]
+
+
+def test_what_is_cut_off_under_an_open_shard_is_named(tmp_path: Path) -> None:
+    """A memory map would end the process here."""
+    written = samples(5, 1, 9)
+    write_shard(tmp_path / "x", written, header=HEADER)
+    shard = Shard(tmp_path / "x")
+    os.truncate(tmp_path / "x.bin", 7 * 8)
+    assert np.array_equal(shard[1], written[1])
+    with pytest.raises(DamagedSampleError, match=rf"^sample 2 of shard {tmp_path}/x: 8 of its 72 bytes are left"):
+        shard[2]
+
+
+@pytest.mark.parametrize("suffix", ["bin", "idx", "xxh64"])
+def test_truncated_and_missing_files_are_refused_at_the_start(tmp_path: Path, suffix: str) -> None:
+    write_shard(tmp_path / "x", samples(5, 1, 9), header=HEADER)
+    path = tmp_path / f"x.{suffix}"
+    size = path.stat().st_size
+    os.truncate(path, size - 1)
+    with pytest.raises(ValueError, match=rf"x\.{suffix} has {size - 1} bytes instead of the {size} .*; copy the shard"):
+        Shard(tmp_path / "x")
+    path.unlink()
+    with pytest.raises(ValueError, match=rf"x\.{suffix} is missing; copy the shard again.* or remove"):
+        Shard(tmp_path / "x")
+
+
+@pytest.mark.parametrize("suffix", ["idx", "xxh64"])
+def test_a_flipped_bit_beside_the_samples_is_refused_at_the_start(tmp_path: Path, suffix: str) -> None:
+    write_shard(tmp_path / "x", samples(5, 1, 9), header=HEADER)
+    path = tmp_path / f"x.{suffix}"
+    for place in range(path.stat().st_size):
+        flip(path, place)
+        with pytest.raises(ValueError, match=rf"shard .*/x: the bytes of .*x\.{suffix} are not those written; copy"):
+            Shard(tmp_path / "x")
+        flip(path, place)
+    Shard(tmp_path / "x")
+
+
+def test_header_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+    write_shard(tmp_path / "x", samples(5), header=HEADER)
+    os.truncate(tmp_path / "x.json", 100)
+    with pytest.raises(ValueError, match=r"x\.json is not JSON any more .*; copy the shard again"):
+        Shard(tmp_path / "x")
+
+
+def test_shard_that_is_being_written_again_is_not_whole(tmp_path: Path) -> None:
+    """Killed in between, the header of the first shard would vouch for files of the second."""
+    write_shard(tmp_path / "x", samples(5, 1, 9), header=HEADER)
+
+    def killed() -> Iterator[np.ndarray]:
+        yield from samples(5)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shard(tmp_path / "x", killed(), header=HEADER)
+    with pytest.raises(ValueError, match="missing"):
+        Shard(tmp_path / "x")
+    write_shard(tmp_path / "x", samples(4), header=HEADER)
+    assert len(Shard(tmp_path / "x")) == 1

@@ -1,4 +1,4 @@
-"""Shards of learnable noise, for tests of everything behind the data: no audio, no codec, no tokenizer."""
+"""Shards of learnable noise: no audio, no codec, no tokenizer. For tests, and to try a layout on a cluster."""
 
 from __future__ import annotations
 
@@ -10,12 +10,22 @@ from megaspeech.config.schema import StreamsSection
 from megaspeech.data.shards import FORMAT, ShardHeader, write_shard
 
 SILENCE = 7
+"""The code of silence in every codebook of a synthetic shard."""
 
 
 def write_synthetic_shards(
     directory: Path, *, streams: StreamsSection, names: tuple[str, ...] = ("asr-en", "tts-en"), num_frames: int = 16
 ) -> None:
-    """`train/` and `valid/` shards whose own codebooks follow from the heard ones, so that a loss can fall."""
+    """`train/` and `valid/` shards whose own codebooks follow from the heard ones, so that a loss can fall.
+
+    The same arguments give the same shards, on any machine.
+
+    Args:
+        directory: what `data.directory` names; made if missing.
+        streams: which rows a sample has, and how many tokens each.
+        names: task keys, one shard each of 40 samples for training and 6 for validation.
+        num_frames: length of the longest sample; the shortest has 4 frames less.
+    """
     for split, count in (("train", 40), ("valid", 6)):
         for place, name in enumerate(names):
             generator = np.random.default_rng([place, count])
@@ -24,7 +34,7 @@ def write_synthetic_shards(
 
 
 def synthetic_header(name: str, *, streams: StreamsSection) -> ShardHeader:
-    """Of a shard of task key `name`; every codebook is silent at `SILENCE`."""
+    """Of a shard of task key `name`; every codebook is silent at `SILENCE`, and no codec or tokenizer made it."""
     return ShardHeader(
         format=FORMAT,
         task=name,

@@ -1,0 +1,144 @@
+"""The optimizer's state by parameter, in one form for all layouts: replicated, distributed, fully sharded.
+
+Each tensor of a parameter is saved under `optimizer.state.{exp_avg,exp_avg_sq,fp32_param}.` and the parameter's own
+name, with its own place in the whole tensor; beside them stands the number of updates. Everything else that optimizers
+keep (learning rate, decay, betas) is the config's and the schedule's. megatron-core's classes each save a form of their
+own, which the others cannot load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+MAIN = "fp32_param"
+
+
+def optimizer_state(
+    optimizer: MegatronOptimizer,
+    model_state: dict[str, Any],
+    *,
+    places: Mapping[int, ShardedBase],
+    metadata: dict[str, Any],
+    is_loading: bool = False,
+) -> dict[str, Any]:
+    """The sharded state to save, or to be filled by a load.
+
+    Args:
+        optimizer: megatron-core's, of any kind.
+        model_state: sharded state dict of the model.
+        places: where each of this rank's parameters lies in the whole tensor, by the parameter's `id`.
+        metadata: what megatron-core's methods want to know about the format.
+        is_loading: whether the values are about to be overwritten.
+    """
+    tensors = {}
+    for place, part in enumerate(_parts(optimizer)):
+        _make_state(part)
+        if isinstance(part, DistributedOptimizer):
+            by_parameter = part.sharded_param_state_fully_reshardable(model_state, is_loading, metadata)
+            tensors[f"part{place}"] = {index: _renamed(values) for index, values in by_parameter.items()}
+        else:
+            tensors[f"part{place}"] = dict(enumerate(_sharded_like_parameters(part, places)))
+    return {"tensors": tensors, "num_updates": _num_updates(optimizer)}
+
+
+@torch.no_grad()
+def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Put loaded values into place, main parameters included; the model's own parameters are the caller's."""
+    for place, part in enumerate(_parts(optimizer)):
+        loaded = state["tensors"].get(f"part{place}", {})
+        _make_state(part)
+        if isinstance(part, DistributedOptimizer):
+            _without_steps(part)  # distrib_optimizer.py:939 looks for every entry of the state among the loaded ones
+            part.load_parameter_state_from_fully_reshardable(loaded)
+        else:
+            for index, (_, main) in enumerate(_model_and_main(part)):
+                own = {MAIN: main, **{name: part.optimizer.state[main][name] for name in MOMENTS}}
+                for name, tensor in own.items():
+                    _local(tensor).copy_(loaded[index][name])
+        _set_num_updates(part, state["num_updates"])
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """Experts have an optimizer of their own; a stage without layers has one without parameters."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
+
+
+def _make_state(part: MegatronOptimizer) -> None:
+    """The moments that the first update would make, so that they can be saved and loaded before it."""
+    part.init_state_fn(part.optimizer, part.config)
+    _set_num_updates(part, _num_updates(part))
+
+
+def _num_updates(optimizer: MegatronOptimizer) -> int:
+    for part in _parts(optimizer):
+        for group in part.optimizer.param_groups:
+            if "step" in group:  # the fused Adams count by group
+                return int(group["step"])
+            for parameter in group["params"]:
+                return int(part.optimizer.state[parameter].get("step", 0))
+    return 0
+
+
+def _set_num_updates(part: MegatronOptimizer, count: int) -> None:
+    for group in part.optimizer.param_groups:
+        if not isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+            group["step"] = count
+            continue
+        for parameter in group["params"]:  # a tensor of its own each: torch's Adam counts them up in place
+            part.optimizer.state[parameter]["step"] = torch.tensor(float(count), device=_local(parameter).device)
+
+
+def _without_steps(part: MegatronOptimizer) -> None:
+    for values in part.optimizer.state.values():
+        values.pop("step", None)
+
+
+def _renamed(values: dict[str, ShardedBase]) -> dict[str, ShardedBase]:
+    """megatron-core's two kinds of optimizer call the main parameter "param" and "fp32_param"."""
+    main = values.pop("param")
+    return {**values, MAIN: replace(main, key=main.key.replace(".state.param.", f".state.{MAIN}.", 1))}
+
+
+def _sharded_like_parameters(
+    part: MegatronOptimizer, places: Mapping[int, ShardedBase]
+) -> Iterator[dict[str, ShardedBase]]:
+    for model_parameter, main in _model_and_main(part):
+        place = places[id(model_parameter)]
+        own = {MAIN: main.detach(), **{name: part.optimizer.state[main][name] for name in MOMENTS}}
+        yield {
+            name: with_data(place, key=f"optimizer.state.{name}.{place.key}", data=_local(tensor))
+            for name, tensor in own.items()
+        }
+
+
+def with_data(place: ShardedBase, *, key: str, data: Tensor) -> ShardedBase:
+    """Other values at the same place of another tensor."""
+    dtype = {"dtype": data.dtype} if isinstance(place, ShardedTensor) else {}
+    return replace(place, key=key, data=data, **dtype)
+
+
+def _model_and_main(part: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
+    """(the model's parameter, the one that is updated) of an optimizer that is not distributed."""
+    if hasattr(part, "float16_groups"):
+        for models, mains in zip(part.float16_groups, part.fp32_from_float16_groups, strict=True):
+            yield from zip(models, mains, strict=True)
+        for group in part.fp32_from_fp32_groups:
+            yield from zip(group, group, strict=True)
+    else:
+        for group in part.optimizer.param_groups:
+            yield from zip(group["params"], group["params"], strict=True)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,152 @@
+"""torch's fully sharded data parallelism (FSDP2) around a chunk of the model, tensor parallelism inside it.
+
+megatron-core's own wrapper of it makes a device mesh that torch 2.13 refuses; calling `fully_shard` ourselves is less
+code. Every parameter is an FP32 shard on its rank, at once the optimizer's; it is gathered in the run's precision for
+the forward and the backward pass of its layer, and gradients are reduced in FP32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensorFactory
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.distributed.data_parallel_base import _BaseDataParallel
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+
+class FullyShardedChunk(_BaseDataParallel):
+    """A model chunk whose parameters are sharded over the data (and context) parallel ranks.
+
+    Each layer of the temporal and of the depth transformer is gathered by itself; embedding, heads and norms together.
+    """
+
+    def __init__(self, model: MegatronModule) -> None:
+        super().__init__(config=model.config, module=model)
+        self.ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=False)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        model.float().to(device)
+        options = {
+            "mesh": DeviceMesh.from_group(group, device, mesh_dim_names=("dp",)),
+            "mp_policy": MixedPrecisionPolicy(
+                param_dtype=model.config.params_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            ),
+            "shard_placement_fn": lambda parameter: Shard(shard_axis(parameter, group.size())),
+        }
+        # torch makes new parameters of them and forgets what megatron-core wrote on the old ones.
+        marks = {name: vars(parameter).copy() for name, parameter in model.named_parameters()}
+        for module in model.modules():
+            if isinstance(module, TransformerLayer) or getattr(module, "is_sharded_alone", False):
+                fully_shard(module, **options)
+        fully_shard(model, **options)
+        for name, parameter in model.named_parameters():
+            vars(parameter).update(marks[name])
+
+    def zero_grad_buffer(self) -> None:
+        """The gradients are the parameters' own, which the optimizer sets to None."""
+
+    def finish_grad_sync(self, force_all_reduce: bool = False) -> None:
+        """Gradients were reduced in the backward pass; a parameter that had no part in it still has one, of 0."""
+        for parameter in self.module.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def sharded_state_dict(self, *, metadata: dict[str, Any]) -> tuple[dict[str, Any], dict[int, ShardedBase]]:
+        """(the module's sharded state dict, whose data are this rank's FP32 shards; each parameter's place in it, by
+        the parameter's `id`).
+
+        megatron-core describes how a parameter is cut by tensor parallelism; the cut along the data parallel ranks,
+        always along another axis, is added to that.
+        """
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # after a forward pass alone, what was gathered is still there
+        parameters: dict[int, DTensor] = {}
+        with _local_parameters(self.module, parameters):
+            state = self.module.sharded_state_dict(metadata=metadata)
+        places: dict[int, ShardedBase] = {}
+
+        def cut(place: Any) -> Any:
+            if not isinstance(place, ShardedBase) or id(place.data) not in parameters:
+                return place
+            parameter = parameters[id(place.data)]
+            places[id(parameter)] = _cut(place, parameter)
+            return places[id(parameter)]
+
+        return dict_list_map_outplace(cut, state), places
+
+    @torch.no_grad()
+    def load_local_shards(self, state: dict[str, Any]) -> None:
+        """Put what `sharded_state_dict` described, loaded, into the parameters."""
+        for name, parameter in self.module.named_parameters():
+            parameter.to_local().copy_(state[name])
+
+
+@contextlib.contextmanager
+def _local_parameters(module: torch.nn.Module, parameters: dict[int, DTensor]) -> Iterator[None]:
+    """Lets modules see their shards as plain parameters; `parameters` is filled with what these stand for, by `id`."""
+    owners = [(owner, *item) for owner in module.modules() for item in owner._parameters.items() if item[1] is not None]
+    stand_ins = []  # kept until the end, or their ids would be given to others
+    for owner, name, value in owners:
+        stand_in = torch.nn.Parameter(value.to_local().detach())
+        vars(stand_in).update(vars(value))
+        parameters[id(stand_in)], owner._parameters[name] = value, stand_in
+        stand_ins.append(stand_in)
+    try:
+        yield
+    finally:
+        for owner, name, value in owners:
+            owner._parameters[name] = value
+
+
+def _cut(place: ShardedBase, parameter: DTensor) -> ShardedBase:
+    """`place` of a shard, as one of its equals along the sharded axis."""
+    mesh, (placement,) = parameter.device_mesh, parameter.placements
+    if isinstance(place, ShardedTensorFactory):  # two halves of one tensor (SwiGLU): each half is cut alike
+
+        def build(*arguments: Any) -> Any:
+            return dict_list_map_outplace(lambda part: _cut(part, parameter), place.build_fn(*arguments))
+
+        return replace(place, build_fn=build, replica_id=(*place.replica_id[:-1], 0))
+    axis = place.prepend_axis_num + placement.dim
+    assert place.axis_fragmentations[axis] == 1, f"{place.key} is cut twice along axis {placement.dim}"
+
+    def along(values: tuple[int, ...], value: int) -> tuple[int, ...]:
+        return (*values[:axis], value, *values[axis + 1 :])
+
+    length = place.global_shape[axis]
+    return replace(
+        place,
+        global_shape=along(place.global_shape, length * mesh.size()),
+        global_offset=along(place.global_offset, length * mesh.get_local_rank()),
+        axis_fragmentations=along(place.axis_fragmentations, mesh.size()),
+        replica_id=(*place.replica_id[:-1], 0),  # no two data parallel ranks hold the same
+    )
+
+
+def shard_axis(parameter: torch.Tensor, num_ranks: int) -> int:
+    """The axis along which a parameter is cut into `num_ranks` equal parts: the last that is not cut by tensor
+    parallelism, so that a shard is a rectangle of the whole tensor and checkpoints can say where it lies.
+
+    Raises:
+        ValueError: none can be cut so.
+    """
+    cut = getattr(parameter, "partition_dim", -1) if getattr(parameter, "tensor_model_parallel", False) else -1
+    for axis in reversed(range(parameter.ndim)):
+        if axis != cut and parameter.shape[axis] % num_ranks == 0:
+            return axis
+    raise ValueError(
+        f'parallel.data_parallel = "fsdp2": a parameter of shape {tuple(parameter.shape)} cannot be shared out evenly '
+        f'over {num_ranks} data and context parallel ranks; take a number that divides the widths, or "ddp"'
+    )

@@ -1,0 +1,208 @@
+"""Does a layout train the same model as one rank? A short run of each, from one seed checkpoint, held against it.
+
+A plan is one run: a layout, or several, each going on from the checkpoint of the one before. Plans that take as many
+ranks run one after the other in the same processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import statistics
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megaspeech.config import Config, read_config
+from megaspeech.parallel import groups
+from megaspeech.training.trainer import Trainer
+
+SHORT = {
+    "tp": "parallel.tensor_model_parallel_size",
+    "sp": "parallel.sequence_parallel",
+    "pp": "parallel.pipeline_model_parallel_size",
+    "vp": "parallel.virtual_pipeline_model_parallel_size",
+    "first": "parallel.num_layers_in_first_pipeline_stage",
+    "last": "parallel.num_layers_in_last_pipeline_stage",
+    "layout": "parallel.pipeline_model_parallel_layout",
+    "cp": "parallel.context_parallel_size",
+    "ep": "parallel.expert_model_parallel_size",
+    "etp": "parallel.expert_tensor_parallel_size",
+    "zero": "parallel.use_distributed_optimizer",
+    "data": "parallel.data_parallel",
+    "recompute": "parallel.recompute_granularity",
+    "micro": "training.micro_batch_size",
+    "dtype": "training.params_dtype",
+}
+"""Short names of the keys that a layout is written with; any other `section.field` may stand beside them."""
+BANDS = {"fp32": 1e-5, "bf16": 2e-2}
+"""Largest relative difference of a loss or gradient norm, by `training.params_dtype`. Sums in another order differ by
+rounding: 2^-24 in FP32, and in BF16, whose weights and activations have 8 bits, by 2^-8 at a time."""
+
+FAULT, DONE = "fault.txt", "done"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One layout as it was asked for, `text`; `ranks` is the least number it runs on, `overrides` its config's."""
+
+    text: str
+    ranks: int
+    overrides: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Layout:
+        """From "tp=2,pp=2,sp=1". Raises ValueError naming an item that is not of the form name=value."""
+        ranks, overrides = 1, []
+        for item in filter(None, (part.strip() for part in text.split(","))):
+            name, equals, value = item.partition("=")
+            if not equals or not (name == "dp" or name in SHORT or "." in name):
+                raise ValueError(
+                    f"layout {text!r}: {item!r} is not understood; write dp or one of {', '.join(SHORT)}, or "
+                    f"section.field, then = and a value"
+                )
+            if name in ("dp", "tp", "pp", "cp"):
+                ranks *= int(value)
+            if name in ("sp", "zero"):
+                value = "true" if value in ("1", "true") else "false"
+            if name != "dp":
+                overrides.append(f"{SHORT.get(name, name)}={value}")
+        return cls(text.strip(), ranks, tuple(overrides))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Layouts of one run in turn; each but the last does an equal share of the steps."""
+
+    layouts: tuple[Layout, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Plan:
+        """From "pp=2 > dp=2". Raises ValueError naming what is not understood."""
+        return cls(tuple(Layout.parse(layout) for layout in text.split(">")))
+
+    @property
+    def name(self) -> str:
+        """As it was asked for; `parse` takes it."""
+        return " > ".join(layout.text for layout in self.layouts)
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that it runs on: the most that one of its layouts needs."""
+        return max(layout.ranks for layout in self.layouts)
+
+    @property
+    def model(self) -> str:
+        """What it asks for besides a layout, written as one: the reference, on one rank, has it too."""
+        first = self.layouts[0].overrides
+        return ",".join(one for one in first if not one.startswith(("parallel.", "training.micro_batch_size")))
+
+
+@dataclass(frozen=True)
+class Job:
+    """A plan, the directories of its run and of the one it is held against, and overrides that come before its own."""
+
+    plan: Plan
+    directory: Path
+    reference: Path
+    overrides: tuple[str, ...]
+
+    @staticmethod
+    def write_all(jobs: Iterable[Job], path: Path) -> None:
+        """Hand jobs to other processes."""
+        values = [(job.plan.name, str(job.directory), str(job.reference), job.overrides) for job in jobs]
+        aside = path.with_suffix(".part")
+        aside.write_text(json.dumps(values), encoding="utf-8")
+        os.replace(aside, path)
+
+    @classmethod
+    def read_all(cls, path: Path) -> list[Job]:
+        """What `write_all` wrote."""
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return [cls(Plan.parse(plan), Path(own), Path(other), tuple(rest)) for plan, own, other, rest in rows]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How far a plan's losses and gradient norms lie from one rank's, relative, at most over all steps and streams.
+
+    `frames_per_second` is the median over the steps but the first two; `fault` tells in words why there is nothing to
+    compare, else it is empty.
+    """
+
+    plan: str
+    ranks: int
+    loss: float
+    grad_norm: float
+    band: float
+    frames_per_second: float
+    fault: str = ""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the plan ran and stayed within its band."""
+        return not self.fault and self.loss <= self.band and self.grad_norm <= self.band
+
+
+def run_jobs(jobs: Iterable[Job], *, config_path: Path) -> Iterator[Job]:
+    """Train each job in these processes, and hand it back when it is done; all ranks of the process group call this.
+
+    A plan that cannot run with the config leaves its reason in `fault.txt` of its directory; one that fails raises.
+    """
+    for job in jobs:
+        try:
+            configs = list(_configs(job, config_path=config_path))
+        except ValueError as error:  # every rank reads the same and finds the same
+            job.directory.mkdir(parents=True, exist_ok=True)
+            (job.directory / FAULT).write_text(str(error), encoding="utf-8")
+            configs = []
+        for config in configs:
+            grid = groups.build_grid(config.parallel, seed=config.run.seed)
+            with contextlib.redirect_stdout(io.StringIO()):
+                trainer = Trainer(config, grid=grid)
+                trainer.run()
+                trainer.wrapped.release()
+                del trainer
+            groups.remove_grid()
+        (job.directory / DONE).touch()
+        yield job
+
+
+def _configs(job: Job, *, config_path: Path) -> Iterator[Config]:
+    for place, layout in enumerate(job.plan.layouts):
+        own = [*job.overrides, *layout.overrides, f"run.directory={job.directory}"]
+        config = read_config(config_path, own, world_size=groups.world_size_from_environment())
+        share = config.training.train_steps * (place + 1) // len(job.plan.layouts)
+        yield config.model_copy(update={"training": config.training.model_copy(update={"exit_step": share})})
+
+
+def compare(job: Job) -> Verdict:
+    """Hold a job's run against its reference."""
+    plan, directory = job.plan, job.directory
+    band = BANDS["bf16" if "params_dtype=bf16" in plan.model else "fp32"]
+    verdict = Verdict(plan.name, plan.ranks, 0.0, 0.0, band, 0.0)
+    if (directory / FAULT).is_file():
+        return replace(verdict, fault=(directory / FAULT).read_text(encoding="utf-8"))
+    if not (directory / DONE).is_file():
+        return replace(verdict, fault="it did not run to its end; the error stands above")
+    expected, actual = curve(job.reference), curve(directory)
+    assert [record["step"] for record in actual] == [record["step"] for record in expected]
+    losses = [key for key in expected[0] if key.endswith("loss") or key.startswith("loss/")]
+    return replace(
+        verdict,
+        loss=max(_largest_difference(expected, actual, key) for key in losses),
+        grad_norm=_largest_difference(expected, actual, "grad_norm"),
+        frames_per_second=statistics.median(record["frames_per_second"] for record in actual[2:]),
+    )
+
+
+def curve(directory: Path) -> list[dict]:
+    """The training records of a run, in the order they were written."""
+    lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == "train"]
+
+
+def _largest_difference(expected: list[dict], actual: list[dict], key: str) -> float:
+    return max(abs(theirs[key] - ours[key]) / abs(ours[key]) for ours, theirs in zip(expected, actual, strict=True))
