@@ -8,10 +8,10 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from one_rank import make_config
-from synthetic import synthetic_header
 
 from megaspeech.checkpoint.origin import StreamManifest
 from megaspeech.checkpoint.store import CheckpointStore, load
+from megaspeech.data.synthetic import synthetic_header
 
 
 def make_store(directory: Path, *overrides: str) -> CheckpointStore:
