@@ -150,7 +150,7 @@ def test_the_inspection_tool(home: Path, reference: Path) -> None:
     assert shown.returncode == 0, shown.stderr
     for words in (
         "step_00000020 (latest)",
-        "tensor 2 x pipeline 1 x data 1 (ddp), sequence parallel, 2 ranks",
+        "tensor 2 x data 1, sequence parallel; 2 ranks",
         "tiny: 325,504 parameters",
         "synthetic, fingerprint none",
         "depth.layers.*.fc1.weight",

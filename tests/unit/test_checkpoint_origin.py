@@ -73,7 +73,7 @@ def test_inspection(two: CheckpointStore) -> None:
     assert checkpoint_folders(path) == [path]
     contents = read_contents(path)
     assert (contents.step, contents.num_ranks, contents.manifest) == (2, 1, two.manifest)
-    assert contents.layout == "tensor 1 x pipeline 1 x data 1 (ddp), 1 rank"
+    assert contents.layout == "data 1; 1 rank"
     entries = {entry.name: (entry.shape, entry.dtype, entry.num_bytes) for entry in contents.tensors}
     assert entries == {name: ((3, 4), "float32", 48) for name in ("w", "optimizer.state.exp_avg.w")}
     found = look_at(path, verify=True)
