@@ -60,16 +60,9 @@ class Contents:
     def layout(self) -> str:
         """The layout it was written on, in words."""
         parallel = self.config.parallel
-        sizes = {
-            "tensor": parallel.tensor_model_parallel_size,
-            "pipeline": parallel.pipeline_model_parallel_size,
-            "context": parallel.context_parallel_size,
-        }
-        within = sizes["tensor"] * sizes["pipeline"] * sizes["context"]
-        shown = [f"{name} {size}" for name, size in sizes.items() if name != "context" or size > 1]
-        shown.append(f"data {self.num_ranks // within} ({parallel.data_parallel})")
-        extras = [", sequence parallel"] if parallel.sequence_parallel else []
-        return " x ".join(shown) + "".join(extras) + f", {self.num_ranks} rank{'s' * (self.num_ranks > 1)}"
+        within = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+        described = parallel.describe(self.num_ranks // (within * parallel.context_parallel_size))
+        return f"{described}; {self.num_ranks} rank{'s' * (self.num_ranks > 1)}"
 
 
 @dataclass(frozen=True)

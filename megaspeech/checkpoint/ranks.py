@@ -14,7 +14,7 @@ PATIENCE = timedelta(hours=1)
 Result = TypeVar("Result")
 
 
-class RankFailure(Exception):
+class RankFailure(ValueError):
     """What failed, in words, on which ranks. Every rank raises an equal one."""
 
     def __init__(self, reasons: Mapping[int, str]) -> None:

@@ -72,11 +72,14 @@ class CheckpointStore:
     def search(self) -> tuple[Path | None, list[str]]:
         """(the newest whole checkpoint, None where there is none; a line for each damaged one that was passed over).
 
-        Not newer than the one that `latest` names. Every file of it has been read and its checksum compared.
+        Not newer than the one that `latest` names. Every file of it has been read and its checksum compared. A save
+        under way is waited for.
 
         Raises:
             ValueError: there are checkpoints, but no whole one.
         """
+        if self._writing is not None and self._writing.is_alive():
+            self._writing.join()  # its ranks talk over the same line
         damaged: list[str] = []
         for path in self.ranks.first(self._candidates):
             damage = find_damage(path, ranks=self.ranks)
@@ -182,10 +185,14 @@ class CheckpointStore:
         return [note for path in old if (note := remove(path))]
 
     def _give_up(self, aside: Path) -> str:
+        """Remove what was begun; says what there is."""
         shutil.rmtree(aside, ignore_errors=True)
         with contextlib.suppress(OSError):
             (self.directory / f"{LATEST}{UNFINISHED}").unlink()
-        there = self._candidates()
+        try:
+            there = self._candidates()
+        except OSError:
+            return "those before it are untouched"
         return f"{there[0].name}, saved before, is untouched" if there else "there is none before it"
 
 

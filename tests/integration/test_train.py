@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -17,7 +16,6 @@ import pytest
 from launching import STEPS, TIMEOUT, command, curve, environment, train, write_tiny_run
 
 from megaspeech.checkpoint.checksums import find_damage
-from megaspeech.checkpoint.store import CheckpointStore
 from megaspeech.config import read_config
 from megaspeech.data.tokenizer import train_tokenizer
 
@@ -148,7 +146,7 @@ def test_killed_run_goes_on(home: Path, single: Path) -> None:
     _assert_same_course(curve(run), single, tolerance=1e-6)
     _assert_same_course(before, single, tolerance=1e-6)
     kept = sorted(path.name for path in (run / "checkpoints").glob("step_*"))
-    assert kept == ["step_00000015", f"step_{STEPS - 1:08d}.part", "step_00000020"]
+    assert kept == ["step_00000015", "step_00000020"]
     assert (run / "checkpoints" / "latest").read_text().strip() == "step_00000020"
 
 
@@ -246,11 +244,13 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_used(home: Path, sing
     first = train(*_arguments(home, run="damaged"), seed, "training.exit_step=10")
     assert first.returncode == 0, first.stderr
     newest = run / "checkpoints" / "step_00000010"
-    _shorten(max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size))
+    _flip(max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size))
 
     second = train(*_arguments(home, run="damaged"), seed, ranks=2)
     assert second.returncode == 0, second.stderr
-    assert re.search(rf"skipping a damaged checkpoint, {newest}: __0_\d.distcp has [\d,]+ bytes of", second.stdout)
+    assert re.search(
+        rf"skipping a damaged checkpoint, {newest}: __0_0.distcp is corrupt: its checksum is", second.stdout
+    )
     assert "going on at step 5 from" in second.stdout and "starting from the weights" not in second.stdout
     _assert_every_step_once(run)
     _assert_same_course(curve(run), single, tolerance=1e-5)
@@ -258,43 +258,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_used(home: Path, sing
     assert kept == ["step_00000015", "step_00000020"] and find_damage(run / "checkpoints" / kept[0]) is None
 
 
-def _shorten(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-@pytest.mark.parametrize(
-    "name, harm, damage",
-    [
-        ("config.toml", os.remove, "config.toml is missing"),
-        ("config.toml", _shorten, "config.toml is unreadable"),
-        (".metadata", os.remove, ".metadata is missing"),
-        (".metadata", _shorten, ".metadata is unreadable"),
-        ("metadata.json", _shorten, "metadata.json is unreadable"),
-        ("common.pt", _shorten, "common.pt is unreadable"),
-        ("__0_0.distcp", os.remove, "__0_0.distcp is missing"),
-        ("__0_1.distcp", _shorten, "__0_1.distcp has"),
-    ],
-)
-def test_damage_is_found(single: Path, tmp_path: Path, name: str, harm: Callable[[Path], None], damage: str) -> None:
-    for step in ("step_00000015", "step_00000020"):
-        shutil.copytree(single / "checkpoints" / step, tmp_path / step)
-    (tmp_path / "latest").write_text("step_00000020\n")
-    store = CheckpointStore(tmp_path, config=read_config(single / "config.toml"))
-    assert store.search() == (tmp_path / "step_00000020", []) and store.latest_step() == 20
-    harm(tmp_path / "step_00000020" / name)
-    path, (line,) = store.search()
-    assert path == tmp_path / "step_00000015" and line.startswith(f"{tmp_path}/step_00000020: {damage}")
-    shutil.rmtree(tmp_path / "step_00000015")
-    with pytest.raises(ValueError, match=r"holds no whole checkpoint: .*step_00000020.*start anew"):
-        store.search()
-
-
-def test_latest_may_name_an_older_checkpoint(single: Path, tmp_path: Path) -> None:
-    for step in ("step_00000005", "step_00000010"):
-        shutil.copytree(single / "checkpoints" / step, tmp_path / step)
-    store = CheckpointStore(tmp_path, config=read_config(single / "config.toml"))
-    assert store.latest_step() == 10  # without the file it is the newest
-    (tmp_path / "latest").write_text("step_00000005\n")
-    assert store.latest_step() == 5
-    (tmp_path / "latest").write_text("step_00000015\n")  # removed by hand
-    assert store.search() == (tmp_path / "step_00000010", [f"{tmp_path}/step_00000015: config.toml is missing"])
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
