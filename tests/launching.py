@@ -45,10 +45,15 @@ tensorboard = false
     return config
 
 
-def command(config: Path, *overrides: str, ranks: int = 1) -> list[str]:
+ENTRY = ("-m", "megaspeech.train")
+
+
+def command(
+    config: Path, *overrides: str, ranks: int = 1, max_restarts: int = 0, entry: tuple[str, ...] = ENTRY
+) -> list[str]:
     """`torchrun -m megaspeech.train`; `-m torch.distributed.run` is torchrun of this very interpreter."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [*torchrun, "-m", "megaspeech.train", str(config), *overrides]
+    return [*torchrun, "--max-restarts", str(max_restarts), *entry, str(config), *overrides]
 
 
 def environment() -> dict[str, str]:
@@ -57,11 +62,15 @@ def environment() -> dict[str, str]:
 
 
 def train(
-    config: Path, *overrides: str, ranks: int = 1, variables: dict[str, str] | None = None
+    config: Path,
+    *overrides: str,
+    ranks: int = 1,
+    variables: dict[str, str] | None = None,
+    entry: tuple[str, ...] = ENTRY,
 ) -> subprocess.CompletedProcess:
     """Train to the end, with environment `variables` set, and hand back exit status, stdout and stderr."""
     return subprocess.run(
-        command(config, *overrides, ranks=ranks),
+        command(config, *overrides, ranks=ranks, entry=entry),
         env={**environment(), **(variables or {})},
         capture_output=True,
         text=True,

@@ -64,6 +64,7 @@ class ShardSamples(torch.utils.data.Dataset):
         # Drawn from the sample's own number, not from a running generator: the same after a resume, on any rank.
         generator = np.random.default_rng([self.config.run.seed, int(index)])
         item = self.sample(int(self._order[1][place]), generator=generator)
+        item["id"] = f"{Path(self.unique_identifiers['shard']).name}:{self._order[1][place]}"
         if generator.random() < self.config.data.codebook_dropout:
             drop_codebooks(item["codes"], streams=self.config.streams, generator=generator)
         return item
@@ -111,16 +112,28 @@ class TrainBatches:
         The global batch is sorted by length, so that a microbatch holds samples alike and little padding, and dealt out
         to and fro, so that the ranks have like amounts.
         """
-        training = self.config.training
-        size, first = training.micro_batch_size, step * training.global_batch_size
-        items = [self.samples[index] for index in range(first, first + training.global_batch_size)]
-        items.sort(key=lambda item: item["codes"].shape[1])
-        mine = [
+        return collate_step(self._mine(step), config=self.config)
+
+    def sample_ids(self, step: int) -> list[list[str]]:
+        """Names, shard:index, of the samples of each of this rank's microbatches of step `step`."""
+        return [[item["id"] for item in microbatch] for microbatch in self._mine(step)]
+
+    def all_sample_ids(self, step: int) -> list[str]:
+        """The same of all ranks' samples."""
+        return [item["id"] for item in self._items(step)]
+
+    def _items(self, step: int) -> list[dict]:
+        first = step * self.config.training.global_batch_size
+        items = [self.samples[index] for index in range(first, first + self.config.training.global_batch_size)]
+        return sorted(items, key=lambda item: item["codes"].shape[1])
+
+    def _mine(self, step: int) -> list[list[dict]]:
+        items, size = self._items(step), self.config.training.micro_batch_size
+        return [
             items[start : start + size]
             for place, start in enumerate(range(0, len(items), size))
             if _dealt_to(place, self.dp_size) == self.dp_rank
         ]
-        return collate_step(mine, config=self.config)
 
 
 def _dealt_to(place: int, ranks: int) -> int:

@@ -74,13 +74,6 @@ def current_grid() -> Grid:
     )
 
 
-def speaks_for_failure() -> bool:
-    """True on the first rank that asks: one rank reports what failed, not every one of them."""
-    if not dist.is_initialized():
-        return os.environ.get("RANK", "0") == "0"
-    return dist.distributed_c10d._get_default_store().add("megaspeech/failure", 1) == 1
-
-
 def shut_down() -> None:
     """Leave the process group and put the host back as it was."""
     if dist.is_initialized():
