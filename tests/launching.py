@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 from synthetic import write_synthetic_shards
 
 from megaspeech.config import read_config
@@ -76,6 +81,42 @@ def train(
         text=True,
         timeout=TIMEOUT,
     )
+
+
+def start_as_srun(
+    config: Path, *overrides: str, ranks: int, log: Path, entry: tuple[str, ...] = ENTRY
+) -> list[subprocess.Popen]:
+    """The ranks themselves, with Slurm's variables in place of torchrun; stdout and stderr go to `log`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    variables = {**environment(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "SLURM_NTASKS": str(ranks)}
+    processes = []
+    with log.open("a") as output:
+        for rank in range(ranks):
+            own = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
+            arguments = [sys.executable, *entry, str(config), *overrides]
+            processes.append(subprocess.Popen(arguments, env={**variables, **own}, stdout=output, stderr=output))
+    return processes
+
+
+def wait_until(condition: Callable[[], bool], *, process: subprocess.Popen) -> None:
+    """Return as soon as `condition` holds; `process` must still run until then."""
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert process.poll() is None, "the run ended before"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def kill_family(process: subprocess.Popen) -> None:
+    """SIGKILL for torchrun and its ranks, which are sessions of their own."""
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()
+    psutil.wait_procs(family)
 
 
 def curve(run: Path) -> list[dict]:
