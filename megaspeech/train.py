@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
     try:
         config = read_config(arguments[0], arguments[1:], world_size=int(os.environ.get("WORLD_SIZE", "1")))
     except ValueError as error:  # every rank reads the same file and finds the same faults
-        return _refuse(str(error))
+        return _refuse(str(error), signals)
     return _train(config, signals)
 
 
@@ -57,13 +57,15 @@ def _silence_known_warnings() -> None:
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 
-def _refuse(message: str) -> int:
-    from megaspeech.parallel import failure
+def _refuse(message: str, signals: StopSignals) -> int:
+    from megaspeech.parallel.launch import tell_torchrun
 
-    failure.speak(message)
-    if os.environ.get("RANK", "0") != "0":
-        # A launcher ends all ranks when the first one exits: leave that to the one that has said why.
+    if os.environ.get("RANK", "0") == "0":
+        print(f"megaspeech.train: {message}", file=sys.stderr, flush=True)
+    else:  # a launcher ends all ranks when the first one exits: leave that to the one that has said why
+        signals.exit_at_once(2)
         time.sleep(SECONDS_FOR_RANK_0)
+    tell_torchrun(message)
     return 2
 
 
@@ -84,8 +86,12 @@ def _train(config: Config, signals: StopSignals) -> int:
         is_consequence = failure.is_lost_peer(error)
         if is_consequence:  # a launcher that ends the ranks has the cause in its own words
             signals.exit_at_once(1)
-        what = str(error) if isinstance(error, ValueError) else traceback.format_exc()
-        failure.speak(f"rank {os.environ.get('RANK', '0')}: {what}", is_consequence=is_consequence)
+        rank, is_plain = f"rank {os.environ.get('RANK', '0')}", isinstance(error, ValueError)
+        failure.speak(
+            f"{rank}: {error if is_plain else traceback.format_exc()}",
+            summary=f"{rank}: {error if is_plain else repr(error)}",
+            is_consequence=is_consequence,
+        )
         signals.exit_at_once(1)
         return 1
     finally:

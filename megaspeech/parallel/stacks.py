@@ -5,7 +5,6 @@ from __future__ import annotations
 import linecache
 import re
 import sys
-import sysconfig
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from textwrap import indent
 from types import FrameType
 
 OURS = str(Path(__file__).parents[1])
-LIBRARIES = sysconfig.get_path("purelib")
 WAITS_IN = re.compile(r"torch/(distributed|cuda)/")
 """Files whose innermost frame waits in a collective, or for the GPU that runs one."""
 WAITS_FOR_DEVICE = re.compile(r"\.(item|tolist|cpu|numpy|synchronize|wait)\(")
@@ -98,7 +96,5 @@ def _suspects(answers: Mapping[int, Answer]) -> list[int]:
 
 
 def _line(file: str, number: int, function: str) -> str:
-    shown = file
-    for root in (str(Path(OURS).parent), LIBRARIES):
-        shown = shown.removeprefix(root + "/")
+    shown = file.removeprefix(f"{Path(OURS).parent}/").rpartition("/site-packages/")[2]
     return f"{shown}:{number} {function}: {linecache.getline(file, number).strip()}"

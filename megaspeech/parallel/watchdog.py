@@ -23,8 +23,7 @@ from textwrap import indent
 
 import torch.distributed as dist
 
-from megaspeech.parallel.failure import tell_torchrun
-from megaspeech.parallel.launch import REQUEUE
+from megaspeech.parallel.launch import REQUEUE, tell_torchrun
 from megaspeech.parallel.stacks import Answer, describe_hang, main_thread_place
 
 LONGEST_PAUSE = 5.0
@@ -97,13 +96,13 @@ class Watchdog:
         self._store.set(f"{KEY}/answer/{self.rank}", pickle.dumps(answer))
         if self._store.add(f"{KEY}/reporter", 1) > 1:
             self._store.wait([f"{KEY}/report"], timedelta(seconds=2 * (self.pause + SECONDS_TO_ANSWER)))
-            tell_torchrun(self._store.get(f"{KEY}/report").decode())
+            tell_torchrun(self._store.get(f"{KEY}/report").decode(), is_consequence=True)
             return
         answers = self._collect()
         seen = {rank: self._seen(rank) for rank in range(self.world_size) if rank not in answers}
         text = describe_hang(answers, seen)
         self._say(text)
-        self._store.set(f"{KEY}/report", text)
+        self._store.set(f"{KEY}/report", text.splitlines()[0])
 
     def _collect(self) -> dict[int, Answer]:
         """The answers that come in time, by rank."""
