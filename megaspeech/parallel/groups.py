@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megaspeech.config.schema import ParallelSection
 from megaspeech.parallel import host
+from megaspeech.parallel.rendezvous import store_of_this_start
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ def initialise(parallel: ParallelSection, *, seed: int, timeout: float = 600.0) 
         backend = "gloo"
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
         os.environ.setdefault(name, value)  # without torchrun: one rank
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    limit = timedelta(seconds=timeout)
+    store, rank, world_size = store_of_this_start(timeout=limit)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     parallel_state.initialize_model_parallel(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
     model_parallel_cuda_manual_seed(seed)
     return current_grid()
