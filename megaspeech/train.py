@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
     _silence_known_warnings()
     from megaspeech.config import read_config
     from megaspeech.parallel.launch import take_variables_from_slurm
-    from megaspeech.parallel.lifeline import end_with_parent
+    from megaspeech.parallel.lifeline import end_forks_with_this_process, end_with_parent
     from megaspeech.training.signals import StopSignals
 
     take_variables_from_slurm()
@@ -38,6 +38,7 @@ def main(arguments: list[str]) -> int:
     signals.listen()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun, which would leave it behind when killed
         end_with_parent()
+    end_forks_with_this_process()
 
     try:
         config = read_config(arguments[0], arguments[1:], world_size=int(os.environ.get("WORLD_SIZE", "1")))

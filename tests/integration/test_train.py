@@ -56,7 +56,10 @@ def _arguments(home: Path, *, run: str) -> tuple:
 
 
 def _assert_one_message(finished: subprocess.CompletedProcess, *words: str) -> None:
-    """One block "megaspeech.train: ..." with these words, before anything torchrun has to say; no trace of our code."""
+    """One block "megaspeech.train: ..." with these words, before anything torchrun has to say; no trace of our code.
+
+    What torchrun takes for the cause, and shows last, has the same words.
+    """
     assert finished.returncode != 0
     assert finished.stderr.count("megaspeech.train: ") == 1, finished.stderr
     assert not re.search(r'File ".*megaspeech', finished.stderr), finished.stderr
@@ -64,8 +67,9 @@ def _assert_one_message(finished: subprocess.CompletedProcess, *words: str) -> N
     assert "Traceback" not in before and "ChildFailedError" not in before
     # torchrun's records start with a letter and a date (E1123 02:45:12.123456 ...) or are its own traceback.
     block = re.split(r"^(?:[EWI]\d{4} |Traceback|\[rank)", message, flags=re.MULTILINE)[0]
+    cause = finished.stderr.split("Root Cause")[1]
     for word in words:
-        assert word in block
+        assert word in block and word in cause
 
 
 def test_unknown_key(home: Path) -> None:
