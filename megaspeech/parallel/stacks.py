@@ -12,7 +12,7 @@ from pathlib import Path
 from textwrap import indent
 from types import FrameType
 
-OURS = str(Path(__file__).parents[1])
+OURS, HOST = str(Path(__file__).parents[1]), str(Path(__file__).with_name("host.py"))
 WAITS_IN = re.compile(r"torch/(distributed|cuda)/")
 """Files whose innermost frame waits in a collective, or for the GPU that runs one."""
 WAITS_FOR_DEVICE = re.compile(r"\.(item|tolist|cpu|numpy|synchronize|wait)\(")
@@ -37,11 +37,13 @@ def main_thread_place() -> Place:
         frames.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
         frame = frame.f_back
     lines = [_line(*where) for where in frames]
+    # Every call to torch goes through the host's mode on CPU ranks: that says nothing of where they are.
+    ours = [line for line, (file, *_) in zip(lines, frames, strict=True) if file.startswith(OURS) and file != HOST]
     innermost_file, number, _ = frames[0]
     source = linecache.getline(innermost_file, number)
     return Place(
         site=lines[0],
-        ours=next((line for line, (file, *_) in zip(lines, frames, strict=True) if file.startswith(OURS)), lines[0]),
+        ours=ours[0] if ours else lines[0],
         stack="\n".join(lines),
         waits=bool(WAITS_IN.search(innermost_file) or WAITS_FOR_DEVICE.search(source)),
     )

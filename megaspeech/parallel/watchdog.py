@@ -72,16 +72,18 @@ class Watchdog:
         return self._phase + (f", microbatch {self._microbatch}" if self._microbatch else "")
 
     def _watch(self) -> None:
-        while not self._stopped.wait(self.pause):
+        is_over = False
+        while not is_over:
             try:
                 is_asked = self._is_asked()
             except RuntimeError:  # the rank, or the torchrun, that kept the store has ended: then so will this rank
-                continue
+                is_asked = False
             if is_asked:
                 try:
                     self._take_part()
                 finally:
                     os._exit(REQUEUE)
+            is_over = self._stopped.wait(self.pause)
 
     def _is_asked(self) -> bool:
         """Leave word where this rank is, and ask if it has stalled; whether all are asked."""

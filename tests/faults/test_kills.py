@@ -15,7 +15,7 @@ from conftest import STEPS, course
 from launching import TIMEOUT, command, environment, kill_family, wait_until
 
 NUM_KILLS = 20
-SECONDS_OF_START, SECONDS_OF_SAVE, SECONDS_OF_STEP = 4.0, 0.4, 0.05
+SECONDS_OF_START, SECONDS_OF_SAVE, SECONDS_OF_STEP = 4.0, 1.0, 0.05
 """A kill comes at a random moment of them."""
 NEAR_THE_END = STEPS - 8
 """From that step on only starts are killed, so that there is a run left for the last kill."""
@@ -50,7 +50,7 @@ class Storm:
 
     def _await_steps(self) -> None:
         """So many records more than there were at any time since."""
-        wanted, grown, last = int(self.random.integers(1, 4)), 0, self._num_records()
+        wanted, grown, last = int(self.random.integers(1, 8)), 0, self._num_records()
 
         def has_grown() -> bool:
             nonlocal grown, last
