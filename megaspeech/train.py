@@ -1,6 +1,7 @@
 """Train a run: `torchrun --nproc-per-node N -m megaspeech.train CONFIG.toml [section.field=value ...]`.
 
-The same command again goes on from the newest checkpoint.
+The same command again goes on from the newest checkpoint. SIGTERM and SIGUSR1 save one. The exit status is 0 when the
+run is done, 75 when it was stopped and wants to be started again, 2 for a fault of the config, 1 for any other.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from megaspeech.config import Config
+    from megaspeech.training.signals import StopSignals
 
 
 SECONDS_FOR_RANK_0 = 30
@@ -27,20 +29,21 @@ def main(arguments: list[str]) -> int:
         return 2 if not arguments else 0
     _silence_known_warnings()
     from megaspeech.config import read_config
+    from megaspeech.parallel.launch import take_variables_from_slurm
     from megaspeech.parallel.lifeline import end_with_parent
+    from megaspeech.training.signals import StopSignals
 
+    take_variables_from_slurm()
+    signals = StopSignals()
+    signals.listen()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun, which would leave it behind when killed
         end_with_parent()
 
     try:
         config = read_config(arguments[0], arguments[1:], world_size=int(os.environ.get("WORLD_SIZE", "1")))
     except ValueError as error:  # every rank reads the same file and finds the same faults
-        if os.environ.get("RANK", "0") == "0":
-            print(f"megaspeech.train: {error}", file=sys.stderr, flush=True)
-        else:  # torchrun ends all ranks when the first one exits: leave that to the one that has said why
-            time.sleep(SECONDS_FOR_RANK_0)
-        return 2
-    return _train(config)
+        return _refuse(str(error), signals)
+    return _train(config, signals)
 
 
 def _silence_known_warnings() -> None:
@@ -49,26 +52,48 @@ def _silence_known_warnings() -> None:
     warnings.filterwarnings("ignore", module="megatron")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-    # The checkpoint writer's process imports all of it again.
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 
-def _train(config: Config) -> int:
-    from megaspeech.parallel import groups
+def _refuse(message: str, signals: StopSignals) -> int:
+    from megaspeech.parallel.launch import tell_torchrun
+
+    if os.environ.get("RANK", "0") == "0":
+        print(f"megaspeech.train: {message}", file=sys.stderr, flush=True)
+    else:  # a launcher ends all ranks when the first one exits: leave that to the one that has said why
+        signals.exit_at_once(2)
+        time.sleep(SECONDS_FOR_RANK_0)
+    tell_torchrun(message)
+    return 2
+
+
+def _train(config: Config, signals: StopSignals) -> int:
+    from megaspeech.parallel import failure, groups
+    from megaspeech.parallel.launch import REQUEUE
+    from megaspeech.parallel.watchdog import Watchdog
     from megaspeech.training.trainer import Trainer
 
     try:
-        grid = groups.initialise(config.parallel, seed=config.run.seed)
-        Trainer(config, grid=grid).run()
+        # The watchdog names a rank that hangs; only then may a collective give up.
+        limit = config.training.hang_timeout
+        grid = groups.initialise(config.parallel, seed=config.run.seed, timeout=2 * limit + 60)
+        with Watchdog(directory=config.run.directory, timeout=limit) as watchdog:
+            is_done = Trainer(config, grid=grid, signals=signals, watchdog=watchdog).run()
+        return 0 if is_done else REQUEUE
     except Exception as error:
-        if groups.speaks_for_failure():
-            what = str(error) if isinstance(error, ValueError) else traceback.format_exc()
-            print(f"megaspeech.train: rank {os.environ.get('RANK', '0')}: {what}", file=sys.stderr, flush=True)
+        is_consequence = failure.is_lost_peer(error)
+        if is_consequence:  # a launcher that ends the ranks has the cause in its own words
+            signals.exit_at_once(1)
+        rank, is_plain = f"rank {os.environ.get('RANK', '0')}", isinstance(error, ValueError)
+        failure.speak(
+            f"{rank}: {error if is_plain else traceback.format_exc()}",
+            summary=f"{rank}: {error if is_plain else repr(error)}",
+            is_consequence=is_consequence,
+        )
+        signals.exit_at_once(1)
         return 1
     finally:
         groups.shut_down()
-    return 0
 
 
 if __name__ == "__main__":

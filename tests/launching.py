@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+
+import psutil
 
 from megaspeech.config import read_config
 from megaspeech.data.synthetic import write_synthetic_shards
@@ -44,10 +50,15 @@ tensorboard = false
     return config
 
 
-def command(config: Path, *overrides: str, ranks: int = 1) -> list[str]:
+ENTRY = ("-m", "megaspeech.train")
+
+
+def command(
+    config: Path, *overrides: str, ranks: int = 1, max_restarts: int = 0, entry: tuple[str, ...] = ENTRY
+) -> list[str]:
     """`torchrun -m megaspeech.train`; `-m torch.distributed.run` is torchrun of this very interpreter."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [*torchrun, "-m", "megaspeech.train", str(config), *overrides]
+    return [*torchrun, "--max-restarts", str(max_restarts), *entry, str(config), *overrides]
 
 
 def environment() -> dict[str, str]:
@@ -56,16 +67,56 @@ def environment() -> dict[str, str]:
 
 
 def train(
-    config: Path, *overrides: str, ranks: int = 1, variables: dict[str, str] | None = None
+    config: Path,
+    *overrides: str,
+    ranks: int = 1,
+    variables: dict[str, str] | None = None,
+    entry: tuple[str, ...] = ENTRY,
 ) -> subprocess.CompletedProcess:
     """Train to the end, with environment `variables` set, and hand back exit status, stdout and stderr."""
     return subprocess.run(
-        command(config, *overrides, ranks=ranks),
+        command(config, *overrides, ranks=ranks, entry=entry),
         env={**environment(), **(variables or {})},
         capture_output=True,
         text=True,
         timeout=TIMEOUT,
     )
+
+
+def start_as_srun(
+    config: Path, *overrides: str, ranks: int, log: Path, entry: tuple[str, ...] = ENTRY
+) -> list[subprocess.Popen]:
+    """The ranks themselves, with Slurm's variables in place of torchrun; stdout and stderr go to `log`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    variables = {**environment(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "SLURM_NTASKS": str(ranks)}
+    processes = []
+    with log.open("a") as output:
+        for rank in range(ranks):
+            own = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
+            arguments = [sys.executable, *entry, str(config), *overrides]
+            processes.append(subprocess.Popen(arguments, env={**variables, **own}, stdout=output, stderr=output))
+    return processes
+
+
+def wait_until(condition: Callable[[], bool], *, process: subprocess.Popen) -> None:
+    """Return as soon as `condition` holds; `process` must still run until then."""
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert process.poll() is None, "the run ended before"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def kill_family(process: subprocess.Popen) -> None:
+    """SIGKILL for torchrun and its ranks, which are sessions of their own."""
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()
+    psutil.wait_procs(family)
 
 
 def curve(run: Path) -> list[dict]:

@@ -1,12 +1,26 @@
 #!/bin/bash
-# The training of a config on GPU nodes under Slurm: sbatch --nodes 4 --gpus-per-node 4 slurm.sh CONFIG.toml [section.field=value ...]
-# Submit it again (or let Slurm requeue it) and it goes on from the newest checkpoint.
+# Training under Slurm, one task a GPU: sbatch --nodes 4 --gpus-per-node 4 slurm.sh CONFIG.toml [section.field=value ...]
+# Three minutes before the time limit every rank gets SIGUSR1: a checkpoint is saved, the job requeues itself and goes on.
 #SBATCH --job-name megaspeech
-#SBATCH --ntasks-per-node 1
+#SBATCH --exclusive
+#SBATCH --signal=USR1@180
 #SBATCH --requeue
+#SBATCH --open-mode=append
 set -euo pipefail
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-srun .venv/bin/torchrun \
-  --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" \
-  --rdzv-backend c10d --rdzv-endpoint "$head:29500" --rdzv-id "$SLURM_JOB_ID" \
-  -m megaspeech.train "$@"
+REQUEUE=75 # megaspeech.parallel.launch.REQUEUE
+
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MASTER_ADDR=${hosts%%$'\n'*}
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+export MASTER_ADDR MASTER_PORT
+
+# No torchrun in between: SIGUSR1 would end it, and it makes every exit status of a rank a 1. Ranks end within seconds of
+# each other; should one not, --wait ends it, and its status (137) is then srun's: --kill-on-bad-exit would end all so.
+status=0
+srun --ntasks-per-node "$SLURM_GPUS_ON_NODE" --kill-on-bad-exit=0 --wait=60 \
+  .venv/bin/python -m megaspeech.train "$@" || status=$?
+
+if [ "$status" -eq "$REQUEUE" ]; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megaspeech.config.schema import ParallelSection
 from megaspeech.parallel import host
+from megaspeech.parallel.rendezvous import store_of_this_start
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,9 @@ def join(parallel: ParallelSection, *, timeout: float = 600.0) -> None:
         backend = "gloo"
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
         os.environ.setdefault(name, value)  # without torchrun: one rank
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    limit = timedelta(seconds=timeout)
+    store, rank, world_size = store_of_this_start(timeout=limit)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
 
 
 def build_grid(parallel: ParallelSection, *, seed: int) -> Grid:
@@ -109,13 +112,6 @@ def remove_grid() -> None:
     gc.collect()  # modules hold groups, and groups hold threads
     store = dist.PrefixStore("next", store)  # the keys of the old one are used up
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-
-
-def speaks_for_failure() -> bool:
-    """True on the first rank that asks: one rank reports what failed, not every one of them."""
-    if not dist.is_initialized():
-        return os.environ.get("RANK", "0") == "0"
-    return dist.distributed_c10d._get_default_store().add("megaspeech/failure", 1) == 1
 
 
 def shut_down() -> None:

@@ -45,11 +45,13 @@ class MegatronShardedChunk(FullyShardedDataParallel):
     def sharded_state_dict(self, *, metadata: dict[str, Any]) -> tuple[dict[str, Any], dict[int, ShardedBase]]:
         """(the module's sharded state dict, whose data are whole parameters; each parameter's place in it, by the
         parameter's `id`). All ranks call this."""
+        self.module._replace_param_with_distributed_if_needed()  # after a forward pass its own are there
         return sharded_state_dict(self.model[0], metadata=metadata, stand_in=whole)
 
     @torch.no_grad()
     def load(self, state: dict[str, Any]) -> None:
         """Put what `sharded_state_dict` described, loaded, into the parameters."""
+        self.module._replace_param_with_distributed_if_needed()
         for name, parameter in self.model[0].named_parameters():
             take_rows(parameter, state[name])
 

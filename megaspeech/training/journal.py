@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
+import contextlib
+import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -14,6 +14,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megaspeech.config import Config
 from megaspeech.training.metrics import StreamMetrics
+from megaspeech.training.record_file import RecordFile
+
+SAMPLES_SHOWN = 8
 
 
 class Journal:
@@ -28,10 +31,8 @@ class Journal:
         if not self.is_main:
             return
         directory = Path(self.config.run.directory)
-        path = directory / "metrics.jsonl"
-        if path.is_file():
-            _drop_after(path, step)
-        self._jsonl = path.open("a", encoding="utf-8")
+        self._metrics = RecordFile(directory / "metrics.jsonl", step=step, complain=self.say)
+        self._refusals = RecordFile(directory / "skipped_steps.jsonl", step=step, complain=self.say)
         if self.config.logging.tensorboard:
             self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1, flush_secs=10)
 
@@ -67,36 +68,53 @@ class Journal:
         shown = "  ".join(f"{task} {metrics.text:.3f}+{metrics.audio:.3f}" for task, metrics in by_task.items())
         self.say(f"step {step:>6}  validation (text + audio loss)  {shown}")
 
+    def refused(self, step: int, *, action: str, reason: str, samples: list[str], grad_norm: float) -> None:
+        """A gradient that was not used for step `step`; the step was then "replayed" or "skipped"."""
+        if not self.is_main:
+            return
+        record = {"step": step, "action": action, "reason": reason, "samples": samples, "time": time.time()}
+        self._refusals.add({**record, "grad_norm": grad_norm if math.isfinite(grad_norm) else None})
+        meaning = {
+            "replayed": "replayed with the same batches it is sound: a passing fault of the hardware",
+            "skipped": "skipped, for it is so again when replayed",
+        }
+        self.say(f"step {step:>6}  {reason}; {meaning[action]}; samples {shorten(samples)}")
+
     def audio(self, step: int, name: str, samples_N: Tensor, *, sample_rate: int, spectrogram: np.ndarray) -> None:
         """Sound for TensorBoard and its picture, `[height, width, 3]` in [0, 1]."""
         if self._writer:
-            self._writer.add_audio(name, samples_N[None], step, sample_rate=sample_rate)
-            self._writer.add_image(f"{name}/spectrogram", spectrogram, step, dataformats="HWC")
+            with self._tensorboard() as writer:
+                writer.add_audio(name, samples_N[None], step, sample_rate=sample_rate)
+                writer.add_image(f"{name}/spectrogram", spectrogram, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush everything."""
-        if self.is_main:
-            self._jsonl.close()
         if self._writer:
-            self._writer.close()
+            with self._tensorboard() as writer:
+                writer.close()
 
     def _scalars(self, kind: str, step: int, values: dict[str, float]) -> None:
         if not self.is_main:
             return
-        record: dict[str, Any] = {"kind": kind, "step": step, "time": time.time(), **values}
-        self._jsonl.write(json.dumps(record) + "\n")
-        self._jsonl.flush()
+        self._metrics.add({"kind": kind, "step": step, "time": time.time(), **values})
         if self._writer:
-            for key, value in values.items():
-                self._writer.add_scalar(f"{kind}/{key}", value, step)
+            with self._tensorboard() as writer:
+                for key, value in values.items():
+                    writer.add_scalar(f"{kind}/{key}", value, step)
+
+    @contextlib.contextmanager
+    def _tensorboard(self) -> Iterator[SummaryWriter]:
+        """The writer; it is given up, and that is said, when its disk is full or its folder gone."""
+        try:
+            yield self._writer
+        except OSError as error:
+            self._writer = None
+            self.say(f"TensorBoard's events cannot be written ({error}); training goes on without them")
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Keep the records up to `step`, written aside and renamed; a last line that a kill cut short is dropped too."""
-    aside = path.with_suffix(".part")
-    with path.open(encoding="utf-8") as lines, aside.open("w", encoding="utf-8") as kept:
-        kept.writelines(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
-    os.replace(aside, path)
+def shorten(samples: list[str]) -> str:
+    """The first few of them."""
+    return ", ".join(samples[:SAMPLES_SHOWN]) + (", ..." if len(samples) > SAMPLES_SHOWN else "")
 
 
 def _flat(metrics: StreamMetrics) -> dict[str, float]:

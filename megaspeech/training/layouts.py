@@ -17,6 +17,8 @@ from pathlib import Path
 
 from megaspeech.config import Config, read_config
 from megaspeech.parallel import groups
+from megaspeech.parallel.watchdog import Watchdog
+from megaspeech.training.signals import StopSignals
 from megaspeech.training.trainer import Trainer
 
 SHORT = {
@@ -160,8 +162,9 @@ def run_jobs(jobs: Iterable[Job], *, config_path: Path) -> Iterator[Job]:
             configs = []
         for config in configs:
             grid = groups.build_grid(config.parallel, seed=config.run.seed)
-            with contextlib.redirect_stdout(io.StringIO()):
-                trainer = Trainer(config, grid=grid)
+            watchdog = Watchdog(directory=job.directory, timeout=config.training.hang_timeout)
+            with contextlib.redirect_stdout(io.StringIO()), watchdog:
+                trainer = Trainer(config, grid=grid, signals=StopSignals(), watchdog=watchdog)
                 trainer.run()
                 trainer.wrapped.release()
                 del trainer

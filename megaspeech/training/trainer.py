@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megaspeech.checkpoint import state, store
 from megaspeech.checkpoint.origin import StreamManifest
+from megaspeech.checkpoint.store import CheckpointStore
 from megaspeech.codecs.registry import load_codec
 from megaspeech.config import Config, write_config
 from megaspeech.data.loading import StepBatches
@@ -21,14 +22,19 @@ from megaspeech.data.tokenizer import Tokenizer
 from megaspeech.model.counting import count_flops, count_parameters
 from megaspeech.model.initialisation import initialise_from_codebooks
 from megaspeech.model.speech_text_model import SpeechTextModel
+from megaspeech.parallel.agreement import true_on_any_rank
 from megaspeech.parallel.groups import Grid
 from megaspeech.parallel.lifeline import end_with_parent
 from megaspeech.parallel.reductions import sum_over_data_parallel
 from megaspeech.parallel.schedule import run_microbatches
+from megaspeech.parallel.watchdog import Watchdog
 from megaspeech.parallel.wrap import wrap
+from megaspeech.training.checkpointing import Checkpointing
 from megaspeech.training.forward_step import make_forward_step
+from megaspeech.training.guarded_step import GuardedStep
 from megaspeech.training.journal import Journal
 from megaspeech.training.metrics import StreamMetrics, reduce_metrics
+from megaspeech.training.signals import StopSignals
 from megaspeech.training.spoken_samples import log_spoken_sample
 
 
@@ -38,35 +44,62 @@ class Trainer:
     Args:
         config: the run.
         grid: this rank's place; process groups are up (`parallel.groups.initialise`).
+        signals: those that ask the run to stop.
+        watchdog: is told of progress.
     """
 
-    def __init__(self, config: Config, *, grid: Grid) -> None:
-        self.config, self.grid = config, grid
+    def __init__(self, config: Config, *, grid: Grid, signals: StopSignals, watchdog: Watchdog) -> None:
+        self.config, self.grid, self.signals, self.watchdog = config, grid, signals, watchdog
         self.batches = TrainBatches(config, dp_rank=grid.dp_rank, dp_size=grid.dp_size)
         self.valid = valid_batches(config, dp_rank=grid.dp_rank, dp_size=grid.dp_size)
         self.codec = load_codec(config.codec.path) if config.codec.path else None
         self._check_shards()
         self.wrapped = wrap(config, num_chunks=grid.num_chunks, build=self._build, initialise=self._initialise)
         header = self.batches.samples.datasets[0].shard.header
-        self.store = store.CheckpointStore(
+        checkpoints = CheckpointStore(
             Path(config.run.directory) / "checkpoints", config=config, manifest=StreamManifest.of(header, config)
         )
         self.journal = Journal(config, is_main=grid.is_main, frame_rate=header.frame_rate)
+        self.guarded = GuardedStep(
+            self.wrapped,
+            config=config,
+            batches=self.batches,
+            journal=self.journal,
+            signals=signals,
+            latest=checkpoints.latest,
+        )
+        self.checkpointing = Checkpointing(
+            self.wrapped,
+            config=config,
+            checkpoints=checkpoints,
+            history=self.guarded.history,
+            journal=self.journal,
+            watchdog=watchdog,
+        )
+        for chunk in self.wrapped.chunks:
+            chunk.register_forward_pre_hook(lambda *_: watchdog.progress())
         self.step = 0
         if grid.is_main:
             Path(config.run.directory).mkdir(parents=True, exist_ok=True)
             write_config(config, Path(config.run.directory) / "config.toml")
 
-    def run(self) -> None:
-        """Train from the newest checkpoint, or the seed, to `training.exit_step` or `training.train_steps`."""
+    def run(self) -> bool:
+        """Train from the newest checkpoint, or the seed, to `training.exit_step` or `training.train_steps`.
+
+        Returns:
+            False where a signal ended it before; the checkpoint to go on from is saved.
+        """
         self._announce()
-        self._resume()
-        training, checkpoint = self.config.training, self.config.checkpoint
-        if checkpoint.save_seed and self.step == 0:
-            self.save()
+        self.step = self.checkpointing.resume()
+        self.journal.resume(self.step)
+        training = self.config.training
+        if self.config.checkpoint.save_seed and self.step == 0:
+            self.checkpointing.save(self.step)
         last = min(training.exit_step or training.train_steps, training.train_steps)
-        batches = self._load_ahead(last)
-        while self.step < last:
+        self.signals.hold()
+        stopping, batches = self._is_asked_to_stop(), self._load_ahead(last)
+        while self.step < last and not stopping:
+            self.watchdog.progress(f"step {self.step + 1}")
             started, learning_rate = time.perf_counter(), self.wrapped.optimizer.param_groups[0]["lr"]
             metrics, grad_norm = self.train_step(next(batches))
             self.step += 1
@@ -78,15 +111,29 @@ class Trainer:
                     learning_rate=learning_rate,
                     seconds=time.perf_counter() - started,
                 )
-            is_last = self.step == last
-            if is_last or (training.eval_interval and self.step % training.eval_interval == 0):
-                self.evaluate()
-            if is_last or (checkpoint.save_interval and self.step % checkpoint.save_interval == 0):
-                self.save(is_last=is_last)
-            self.finish_save()
-            if self.config.logging.sample_interval and self.step % self.config.logging.sample_interval == 0:
-                self._log_sample()
+            stopping = self.guarded.is_asked_to_stop
+            if not stopping or self.step == last:
+                stopping = self._between_steps(is_last=self.step == last)
+        if self.step < last:  # a validation that was due is left out: the checkpoint cannot wait
+            self.checkpointing.save_to_stop(self.step)
         self.journal.close()
+        return self.step >= last
+
+    def _between_steps(self, *, is_last: bool) -> bool:
+        """What is due after a step that no signal has ended; whether one has come meanwhile."""
+        evaluates = is_last or _is_due(self.step, self.config.training.eval_interval)
+        saves = is_last or _is_due(self.step, self.config.checkpoint.save_interval)
+        if evaluates:
+            self.evaluate()
+        if saves:
+            self.checkpointing.save(self.step, is_last=is_last)
+        self.checkpointing.finish(self.step)
+        if _is_due(self.step, self.config.logging.sample_interval):
+            self._log_sample()
+        return (evaluates or saves) and self._is_asked_to_stop()
+
+    def _is_asked_to_stop(self) -> bool:
+        return true_on_any_rank(self.signals.received is not None)[0]
 
     def _load_ahead(self, last: int) -> Iterator[list[Batch]]:
         """This rank's batches from the current step on, up to `last`; what is damaged in them is accounted for."""
@@ -111,17 +158,13 @@ class Trainer:
         Returns:
             (metrics on the last stage, None elsewhere; gradient norm before clipping).
         """
-        wrapped = self.wrapped
-        for chunk in wrapped.chunks:
-            chunk.zero_grad_buffer()
-        wrapped.optimizer.zero_grad()
-        reports, totals = self._run(batches, forward_only=False)
-        _, grad_norm, _ = wrapped.optimizer.step()
-        wrapped.scheduler.step(increment=1)
-        return self._metrics(reports, totals), float(grad_norm)
+        (reports, totals), grad_norm = self.guarded(self.step, partial(self._run, batches, forward_only=False))
+        self.wrapped.scheduler.step(increment=1)
+        return self._metrics(reports, totals), grad_norm
 
     def evaluate(self) -> None:
         """Validation losses of every task, all samples of `valid/`."""
+        self.watchdog.progress(f"validation after step {self.step}")
         for chunk in self.wrapped.chunks:
             chunk.eval()
         by_task = {}
@@ -132,30 +175,6 @@ class Trainer:
             chunk.train()
         if self.grid.is_last_stage:
             self.journal.valid(self.step, by_task)
-
-    def save(self, *, is_last: bool = False) -> None:
-        """A checkpoint of the current step, after the one that may still be written; the last one is waited for.
-
-        Raises:
-            SaveError: the last one could not be written; of others it is said, and training goes on.
-        """
-        self.finish_save(blocking=True)
-        self._save_started = time.perf_counter()
-        self.store.save(state.run_state(self.wrapped, step=self.step), step=self.step)
-        self.finish_save(blocking=is_last, is_last=is_last)
-
-    def finish_save(self, *, blocking: bool = False, is_last: bool = False) -> None:
-        """Say what has become of a checkpoint that was being written, once that is known."""
-        try:
-            saved = self.store.finish(blocking=blocking)
-        except store.SaveError as error:
-            if is_last:
-                raise
-            self.journal.say(f"step {self.step:>6}  NOT SAVED: {error}")
-            return
-        if saved is not None:
-            seconds = time.perf_counter() - self._save_started
-            self.journal.say("\n  ".join([f"step {self.step:>6}  saved {saved.path} in {seconds:.1f} s", *saved.notes]))
 
     def _run(self, batches: list[Batch], *, forward_only: bool) -> tuple[list[dict[str, Tensor]], Tensor]:
         totals = sum_over_data_parallel(
@@ -206,25 +225,6 @@ class Trainer:
         if vectors is not None:
             initialise_from_codebooks(model, vectors, streams=self.config.streams, seed=self.config.run.seed)
 
-    def _resume(self) -> None:
-        seed = self.config.checkpoint.seed_checkpoint
-        latest, damaged = self.store.search()
-        for line in damaged:
-            self.journal.say(f"skipping a damaged checkpoint, {line}")
-        if latest is not None:
-            self.store.check(latest, going_on=True)
-            wanted = state.run_state(self.wrapped, step=self.step, is_loading=True)
-            loaded = store.load(latest, wanted, config=self.config)
-            self.step = state.load_run_state(self.wrapped, loaded)
-            self.journal.say(f"going on at step {self.step} from {latest}")
-        elif seed:
-            store.check_whole(seed)
-            self.store.check(seed, going_on=False)
-            loaded = store.load(seed, state.model_state(self.wrapped), config=self.config)
-            state.load_model_state(self.wrapped, loaded)
-            self.journal.say(f"starting from the weights of {seed}")
-        self.journal.resume(self.step)
-
     def _announce(self) -> None:
         parallel, parameters = self.config.parallel, count_parameters(self.config)
         flops = count_flops(self.config, num_frames=self.config.data.num_frames)
@@ -244,3 +244,8 @@ class Trainer:
             config=self.config,
             grid=self.grid,
         )
+
+
+def _is_due(step: int, interval: int) -> bool:
+    """Whether something that is done every `interval` steps, 0 for never, is done after `step`."""
+    return interval > 0 and step % interval == 0

@@ -6,14 +6,21 @@ import json
 import re
 import shutil
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
-from launching import STEPS, TIMEOUT, command, curve, environment, train, write_tiny_run
+from launching import (
+    STEPS,
+    TIMEOUT,
+    command,
+    curve,
+    environment,
+    kill_family,
+    train,
+    wait_until,
+    write_tiny_run,
+)
 
 from megaspeech.checkpoint.checksums import find_damage
 from megaspeech.config import read_config
@@ -46,7 +53,10 @@ def _arguments(home: Path, *, run: str) -> tuple:
 
 
 def _assert_one_message(finished: subprocess.CompletedProcess, *words: str) -> None:
-    """One block "megaspeech.train: ..." with these words, before anything torchrun has to say; no trace of our code."""
+    """One block "megaspeech.train: ..." with these words, before anything torchrun has to say; no trace of our code.
+
+    What torchrun takes for the cause, and shows last, has the same words.
+    """
     assert finished.returncode != 0
     assert finished.stderr.count("megaspeech.train: ") == 1, finished.stderr
     assert not re.search(r'File ".*megaspeech', finished.stderr), finished.stderr
@@ -54,8 +64,9 @@ def _assert_one_message(finished: subprocess.CompletedProcess, *words: str) -> N
     assert "Traceback" not in before and "ChildFailedError" not in before
     # torchrun's records start with a letter and a date (E1123 02:45:12.123456 ...) or are its own traceback.
     block = re.split(r"^(?:[EWI]\d{4} |Traceback|\[rank)", message, flags=re.MULTILINE)[0]
+    cause = finished.stderr.split("Root Cause")[1]
     for word in words:
-        assert word in block
+        assert word in block and word in cause
 
 
 def test_unknown_key(home: Path) -> None:
@@ -104,30 +115,13 @@ def test_tensorboard_holds_the_curves(single: Path) -> None:
     assert [event.value for event in shown] == pytest.approx([record["loss"] for record in curve(single)], rel=1e-6)
 
 
-def _until(condition: Callable[[], bool], *, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def _kill_all(process: subprocess.Popen) -> None:
-    """SIGKILL for torchrun and its ranks, which are sessions of their own."""
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for member in family:
-        member.kill()
-    process.wait()
-    psutil.wait_procs(family)
-
-
 def test_killed_run_goes_on(home: Path, single: Path) -> None:
     run, arguments = home / "killed", command(*_arguments(home, run="killed"))
     seed = f"checkpoint.seed_checkpoint={single}/checkpoints/step_00000000"
     metrics = run / "metrics.jsonl"
     with subprocess.Popen([*arguments, seed], env=environment(), stdout=-3, stderr=-3) as process:
-        _until(lambda: metrics.is_file() and len(curve(run)) >= KILL_AFTER, process=process)
-        _kill_all(process)
+        wait_until(lambda: metrics.is_file() and len(curve(run)) >= KILL_AFTER, process=process)
+        kill_family(process)
     before = curve(run)
     assert KILL_AFTER <= len(before) < STEPS
     with metrics.open("a", encoding="utf-8") as file:
