@@ -25,26 +25,17 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from megaspeech.config import read_config
 from megaspeech.config.schema import ParallelSection
-from megaspeech.data.synthetic import write_synthetic_shards
 from megaspeech.parallel import groups
-from megaspeech.training.layouts import SHORT, Job, Plan, compare, run_jobs
+from megaspeech.training.layouts import SHORT, Job, Plan, compare, prepare_jobs, run_jobs
 
 DEFAULT = (
     "tp=2; tp=2,sp=1; pp=2; pp=2,vp=2; cp=2; dp=2; dp=2,zero=0; dp=2,data=fsdp2; tp=2,pp=2,sp=1; tp=2,cp=2; "
     "tp=2,dp=2,data=fsdp2; tp=2,pp=2,sp=1 > dp=4,data=fsdp2 > dp=2,cp=2"
 )
-STEPS = 20
 DONE = "layout done:"
 PER_LAUNCH = 12
 """Layouts that share a launch: importing takes seconds, but torch keeps threads of every group that there was."""
-RUN = (
-    *(f"training.train_steps={STEPS}", "training.micro_batch_size=2", "training.global_batch_size=8"),
-    *("optimizer.lr_warmup_steps=5", "optimizer.lr=3e-3", "loss.silence_fraction=0.5", "training.eval_interval=0"),
-    *("data.mixture={asr-en = 1.0, tts-en = 2.0}", "data.num_workers=0", "codec.path=", "data.tokenizer="),
-    *("checkpoint.save_interval=0", "checkpoint.keep_last=9", "logging.tensorboard=false", "logging.sample_interval=0"),
-)
 
 
 def main() -> int:
@@ -79,24 +70,14 @@ def main() -> int:
 
 
 def _prepare(arguments: argparse.Namespace, plans: list[Plan], directory: Path) -> tuple[list[Job], list[Job]]:
-    """(one-rank references of every model that is asked for, the plans' jobs); shards are written."""
+    """See `prepare_jobs`; what an earlier check left in the directory, which would be gone on with, is removed."""
     directory.mkdir(parents=True, exist_ok=True)
     for old in (path for kind in ("reference", "shards", "plan") for path in directory.glob(f"{kind}[0-9]*")):
-        shutil.rmtree(old) if old.is_dir() else old.unlink()  # of an earlier check, which would be gone on with
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
     if not arguments.config:
         arguments.config = directory / "tiny.toml"
         arguments.config.write_text('[model]\npreset = "tiny"\n', encoding="utf-8")
-    references, jobs = [], []
-    for number, model in enumerate(dict.fromkeys(plan.model for plan in plans)):
-        common = (*RUN, f"data.num_frames={arguments.frames}", f"data.directory={directory}/shards{number}")
-        config = read_config(arguments.config, [*common, *filter(None, model.split(","))])
-        write_synthetic_shards(directory / f"shards{number}", streams=config.streams, num_frames=arguments.frames)
-        reference = directory / f"reference{number}"
-        references.append(Job(Plan.parse(model), reference, reference, (*common, "checkpoint.save_seed=true")))
-        seed = f"checkpoint.seed_checkpoint={reference}/checkpoints/step_{0:08d}"
-        mine = [(place, plan) for place, plan in enumerate(plans) if plan.model == model]
-        jobs += [Job(plan, directory / f"plan{place}", reference, (*common, seed)) for place, plan in mine]
-    return references, jobs
+    return prepare_jobs(plans, config_path=arguments.config, directory=directory, num_frames=arguments.frames)
 
 
 def _launch(jobs: list[Job], arguments: argparse.Namespace, *, ranks: int, advance: Callable[[], None]) -> None:

@@ -11,11 +11,12 @@ import io
 import json
 import os
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megaspeech.config import Config, read_config
+from megaspeech.data.synthetic import write_synthetic_shards
 from megaspeech.parallel import groups
 from megaspeech.parallel.watchdog import Watchdog
 from megaspeech.training.signals import StopSignals
@@ -44,6 +45,13 @@ BANDS = {"fp32": 1e-5, "bf16": 2e-2}
 rounding: 2^-24 in FP32, and in BF16, whose weights and activations have 8 bits, by 2^-8 at a time."""
 
 FAULT, DONE = "fault.txt", "done"
+RUN = (
+    *("training.train_steps=20", "training.micro_batch_size=2", "training.global_batch_size=8"),
+    *("optimizer.lr_warmup_steps=5", "optimizer.lr=3e-3", "loss.silence_fraction=0.5", "training.eval_interval=0"),
+    *("data.mixture={asr-en = 1.0, tts-en = 2.0}", "data.num_workers=0", "codec.path=", "data.tokenizer="),
+    *("checkpoint.save_interval=0", "checkpoint.keep_last=9", "logging.tensorboard=false", "logging.sample_interval=0"),
+)
+"""Of every run that is compared: synthetic shards, 20 steps, no files but its records and its last checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +154,33 @@ class Verdict:
     def holds(self) -> bool:
         """Whether the plan ran and stayed within its band."""
         return not self.fault and self.loss <= self.band and self.grad_norm <= self.band
+
+
+def prepare_jobs(
+    plans: Sequence[Plan], *, config_path: Path, directory: Path, num_frames: int
+) -> tuple[list[Job], list[Job]]:
+    """(a one-rank reference of every model that is asked for, which also saves the seed; the plans' jobs).
+
+    Args:
+        plans: what to run.
+        config_path: whose model and optimizer to take.
+        directory: where to; synthetic shards are written there.
+        num_frames: length of their samples.
+
+    Raises:
+        ValueError: the config, or what a plan makes of its model, has faults.
+    """
+    references, jobs = [], []
+    for number, model in enumerate(dict.fromkeys(plan.model for plan in plans)):
+        common = (*RUN, f"data.num_frames={num_frames}", f"data.directory={directory}/shards{number}")
+        config = read_config(config_path, [*common, *filter(None, model.split(","))])
+        write_synthetic_shards(directory / f"shards{number}", streams=config.streams, num_frames=num_frames)
+        reference = directory / f"reference{number}"
+        references.append(Job(Plan.parse(model), reference, reference, (*common, "checkpoint.save_seed=true")))
+        seed = f"checkpoint.seed_checkpoint={reference}/checkpoints/step_{0:08d}"
+        mine = [(place, plan) for place, plan in enumerate(plans) if plan.model == model]
+        jobs += [Job(plan, directory / f"plan{place}", reference, (*common, seed)) for place, plan in mine]
+    return references, jobs
 
 
 def run_jobs(jobs: Iterable[Job], *, config_path: Path) -> Iterator[Job]:

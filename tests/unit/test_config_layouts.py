@@ -1,0 +1,92 @@
+"""Which layouts a model can have: what does not divide, or does not go together, is refused with its remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from one_rank import make_config
+
+from megaspeech.config import ConfigError
+
+PIPELINE = "parallel.pipeline_model_parallel_size=2"
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["temporal.num_query_groups=1", "parallel.tensor_model_parallel_size=2"], None),
+        (
+            ["temporal.num_attention_heads=8", "temporal.num_query_groups=2", "parallel.tensor_model_parallel_size=4"],
+            None,
+        ),
+        (
+            # 12 heads of 8 in 3 groups over 4 ranks
+            [
+                *("temporal.num_attention_heads=12", "temporal.num_query_groups=3", "temporal.hidden_size=96"),
+                *("parallel.tensor_model_parallel_size=4", "temporal.ffn_hidden_size=176"),
+            ],
+            "temporal.num_query_groups: 3 and parallel.tensor_model_parallel_size = 4: one must divide the other",
+        ),
+        ([PIPELINE, "parallel.num_layers_in_last_pipeline_stage=1"], None),
+        ([PIPELINE, "parallel.num_layers_in_last_pipeline_stage=5"], "with num_layers_in_last_pipeline_stage: -1"),
+        (
+            [
+                *("parallel.pipeline_model_parallel_size=4", "parallel.num_layers_in_first_pipeline_stage=1"),
+                "parallel.num_layers_in_last_pipeline_stage=2",
+            ],
+            "1 layers are left for 2 stages of 1 chunks",
+        ),
+        ([PIPELINE, "parallel.virtual_pipeline_model_parallel_size=2"], None),
+        ([PIPELINE, "parallel.virtual_pipeline_model_parallel_size=4"], "4 layers are left for 2 stages of 4 chunks"),
+        (["parallel.virtual_pipeline_model_parallel_size=2"], "needs a pipeline of 2 stages or more"),
+        (
+            [PIPELINE, "parallel.virtual_pipeline_model_parallel_size=2", "training.global_batch_size=24"],
+            "3 microbatches on each data parallel rank",
+        ),
+        ([PIPELINE, "parallel.pipeline_model_parallel_layout=Ett|ttL"], None),
+        ([PIPELINE, "parallel.pipeline_model_parallel_layout=E|(t|)*2t,tL"], None),
+        ([PIPELINE, "parallel.pipeline_model_parallel_layout=Ett|tL"], "holds 3 layers (t), temporal.num_layers is 4"),
+        ([PIPELINE, "parallel.pipeline_model_parallel_layout=Ett|t|tL"], "has 3 stages, not a multiple of"),
+        ([PIPELINE, "parallel.pipeline_model_parallel_layout=ttE|ttL"], "must start with the embedding E"),
+        ([PIPELINE, "parallel.pipeline_model_parallel_layout=Ettm|ttL"], "may hold E, t, L"),
+        (
+            [
+                *(PIPELINE, "parallel.pipeline_model_parallel_layout=Ett|ttL"),
+                "parallel.num_layers_in_last_pipeline_stage=2",
+            ],
+            "pipeline_model_parallel_layout says it already",
+        ),
+        (["parallel.expert_model_parallel_size=2"], "the model has no experts"),
+        (["model.preset=tiny-moe", "parallel.expert_model_parallel_size=2"], None),
+        (["model.preset=tiny-moe", "parallel.expert_model_parallel_size=3"], "num_moe_experts: 4 is not divisible"),
+        (
+            ["model.preset=tiny-moe", "parallel.expert_tensor_parallel_size=2"],
+            "size: 2, but experts",
+        ),
+        (["model.preset=tiny-moe", "temporal.moe_router_topk=5"], "temporal.moe_router_topk: 5 of 4 experts"),
+        (["model.preset=tiny-moe", "parallel.tensor_model_parallel_size=2"], "parallel.sequence_parallel: experts"),
+        (
+            ["model.preset=tiny-moe", "parallel.expert_model_parallel_size=2", "parallel.data_parallel=fsdp2"],
+            "cannot spread experts over ranks",
+        ),
+        (["parallel.context_parallel_size=2"], None),
+    ],
+)
+def test_layouts(tmp_path: Path, overrides: list[str], words: str | None) -> None:
+    if words is None:
+        make_config(tmp_path, *overrides)
+        return
+    with pytest.raises(ConfigError) as caught:
+        make_config(tmp_path, *overrides)
+    (fault,) = caught.value.faults
+    assert words in fault
+
+
+def test_a_layout_in_words(tmp_path: Path) -> None:
+    assert make_config(tmp_path).parallel.describe(1) == "data 1"
+    parallel = make_config(
+        tmp_path, PIPELINE, "parallel.pipeline_model_parallel_layout=E|tt|t|tL", "parallel.data_parallel=fsdp2"
+    ).parallel
+    assert parallel.num_chunks == 2
+    assert parallel.describe(8) == "pipeline 2 x data 8, fsdp2, interleaved"
