@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
+from megatron.core.distributed.fsdp import mcore_fsdp_adapter
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
@@ -22,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from megaspeech.parallel.stand_ins import sharded_state_dict
 
 
-class MegatronShardedChunk(FullyShardedDataParallel):
+class MegatronShardedChunk(mcore_fsdp_adapter.FullyShardedDataParallel):
     """A model chunk whose parameters, gradients and optimizer state are sharded over the data parallel ranks."""
 
     def __init__(self, model: MegatronModule) -> None:
@@ -42,6 +43,11 @@ class MegatronShardedChunk(FullyShardedDataParallel):
         )
         self.model = [model]  # in a list, or it would be a child a second time
 
+    def _fix_tensor_parallel_attributes(self, module: torch.nn.Module) -> None:
+        """Marks TransformerEngine's layers, and cannot ask for them where it is not installed (line 184)."""
+        if isinstance(mcore_fsdp_adapter.TELinear, type):
+            super()._fix_tensor_parallel_attributes(module)
+
     def sharded_state_dict(self, *, metadata: dict[str, Any]) -> tuple[dict[str, Any], dict[int, ShardedBase]]:
         """(the module's sharded state dict, whose data are whole parameters; each parameter's place in it, by the
         parameter's `id`). All ranks call this."""
@@ -57,8 +63,8 @@ class MegatronShardedChunk(FullyShardedDataParallel):
 
 
 def whole(shard: DTensor) -> Tensor:
-    """All rows of a tensor of which this rank holds some, perhaps none. All ranks of its mesh call this."""
-    rows, group = _rows(shard), shard.device_mesh.get_group()
+    """All rows of a tensor of which this rank holds some, perhaps none. All data parallel ranks call this."""
+    rows, group = _rows(shard), _group()
     local = shard.to_local().detach()
     parts = [local.new_empty((count, *local.shape[1:])) for count in rows]
     for source, part in enumerate(parts):
@@ -69,14 +75,17 @@ def whole(shard: DTensor) -> Tensor:
 
 
 def take_rows(shard: DTensor, values: Tensor) -> None:
-    """Copy this rank's rows of `values` into its shard. All ranks of its mesh call this."""
-    first = sum(_rows(shard)[: shard.device_mesh.get_local_rank()])
+    """Copy this rank's rows of `values` into its shard. All data parallel ranks call this."""
+    first = sum(_rows(shard)[: _group().rank()])
     local = shard.to_local()
     local.copy_(values[first : first + len(local)])
 
 
 def _rows(shard: DTensor) -> list[int]:
-    group = shard.device_mesh.get_group()
-    rows = [0] * group.size()
-    dist.all_gather_object(rows, len(shard.to_local()), group=group)
+    rows = [0] * _group().size()
+    dist.all_gather_object(rows, len(shard.to_local()), group=_group())
     return rows
+
+
+def _group() -> dist.ProcessGroup:
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
