@@ -60,12 +60,14 @@ def load_model_state(wrapped: Wrapped, state: dict[str, Any]) -> None:
     """Put a loaded model into place, and let the optimizer copy it where it keeps copies."""
     _load_models(wrapped, state["model"])
     wrapped.optimizer.reload_model_params()
+    _install(wrapped)
 
 
 def load_run_state(wrapped: Wrapped, state: dict[str, Any]) -> int:
     """Put a loaded run into place; returns the step to go on with."""
     _load_models(wrapped, state["model"])
     load_optimizer_state(wrapped.optimizer, state["optimizer"])
+    _install(wrapped)
     wrapped.scheduler.load_state_dict(state["scheduler"])
     return state["step"]
 
@@ -103,6 +105,12 @@ def _load_models(wrapped: Wrapped, state: dict[str, Any]) -> None:
             chunk.load(state[f"chunk{index}"])
         else:
             model.load_state_dict(state[f"chunk{index}"])
+
+
+def _install(wrapped: Wrapped) -> None:
+    for chunk in wrapped.chunks:
+        if isinstance(chunk, MegatronShardedChunk):
+            chunk.install()
 
 
 def load_whole_model(path: str | Path) -> tuple[SpeechTextModel, Config]:

@@ -37,6 +37,8 @@ def _layout(sections: Mapping[str, Any], world_size: int | None) -> Iterator[str
             f"{world_size} launched; launch a multiple of {tp * pp * cp} with --nproc-per-node, or change "
             f"parallel.*_parallel_size"
         )
+    if parallel.data_parallel == "megatron_fsdp" and pp > 1:
+        yield 'parallel.data_parallel: "megatron_fsdp" knows no pipeline; set its size to 1, or use "fsdp2"'
     if parallel.sequence_parallel and tp == 1:
         yield "parallel.sequence_parallel: true needs tensor_model_parallel_size of 2 or more; set it false"
 

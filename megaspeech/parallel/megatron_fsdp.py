@@ -28,6 +28,7 @@ class MegatronShardedChunk(mcore_fsdp_adapter.FullyShardedDataParallel):
 
     def __init__(self, model: MegatronModule) -> None:
         alone = {type(module) for module in model.modules() if getattr(module, "is_sharded_alone", False)}
+        partial = [name for name, one in model.named_parameters() if getattr(one, "tensor_parallel_partial", False)]
         super().__init__(
             config=model.config,
             ddp_config=DistributedDataParallelConfig(
@@ -42,6 +43,8 @@ class MegatronShardedChunk(mcore_fsdp_adapter.FullyShardedDataParallel):
             device=torch.device(torch.cuda.current_device()),
         )
         self.model = [model]  # in a list, or it would be a child a second time
+        for name in partial:  # it makes new parameters, and hands on none but its own marks
+            model.get_parameter(name).tensor_parallel_partial = True
 
     def _fix_tensor_parallel_attributes(self, module: torch.nn.Module) -> None:
         """Marks TransformerEngine's layers, and cannot ask for them where it is not installed (line 184)."""
@@ -60,6 +63,10 @@ class MegatronShardedChunk(mcore_fsdp_adapter.FullyShardedDataParallel):
         self.module._replace_param_with_distributed_if_needed()
         for name, parameter in self.model[0].named_parameters():
             take_rows(parameter, state[name])
+
+    def install(self) -> None:
+        """Compute with the optimizer's parameters from now on; after a load they are other than the gathered ones."""
+        self.param_and_grad_buffer.copy_main_weights_to_model_weights()
 
 
 def whole(shard: DTensor) -> Tensor:

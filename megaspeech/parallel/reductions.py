@@ -20,10 +20,11 @@ def finalise_gradients(chunks: list[torch.nn.Module], num_tokens: Tensor | None 
     if group.size() == 1:
         return
     gradients = [
-        local_gradient(parameter)
+        gradient
         for chunk in chunks
         for parameter in chunk.parameters()
         if getattr(parameter, "tensor_parallel_partial", False)
+        if (gradient := _local_gradient(parameter)) is not None
     ]
     if not gradients:  # not the last stage
         return
@@ -33,8 +34,8 @@ def finalise_gradients(chunks: list[torch.nn.Module], num_tokens: Tensor | None 
         gradient.copy_(total)
 
 
-def local_gradient(parameter: Tensor) -> Tensor:
-    """This rank's part of a parameter's gradient: megatron-core's buffer, or the local shard of torch's FSDP."""
+def _local_gradient(parameter: Tensor) -> Tensor | None:
+    """This rank's part of a parameter's gradient: megatron-core's buffer, or a fully sharded one's shard, if any."""
     gradient = parameter.main_grad if hasattr(parameter, "main_grad") else parameter.grad
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 

@@ -71,6 +71,8 @@ PIPELINE = "parallel.pipeline_model_parallel_size=2"
             "cannot spread experts over ranks",
         ),
         (["parallel.context_parallel_size=2"], None),
+        (["parallel.data_parallel=megatron_fsdp"], None),
+        (["parallel.data_parallel=megatron_fsdp", PIPELINE], "knows no pipeline"),
     ],
 )
 def test_layouts(tmp_path: Path, overrides: list[str], words: str | None) -> None:
