@@ -150,7 +150,7 @@ def test_skipping_leaves_weights_and_moments(arguments: Callable, host: None, dt
 
     def spoiled() -> tuple:
         outcome = run()
-        *_, parameter = trainer.guarded.wrapped.model.parameters()
+        *_, parameter = trainer.wrapped.chunks[-1].parameters()
         parameter.main_grad[0] = math.inf
         return outcome
 
@@ -166,7 +166,7 @@ def test_skipping_leaves_weights_and_moments(arguments: Callable, host: None, dt
 
 def _weights_and_moments(trainer: object) -> dict[str, torch.Tensor]:
     """Copies of all that an optimizer step changes, by name."""
-    values = dict(trainer.wrapped.model.named_parameters())
+    values = dict(trainer.wrapped.chunks[0].named_parameters())
     for part, optimizer in enumerate(trainer.wrapped.optimizer.chained_optimizers):
         for place, state in enumerate(optimizer.optimizer.state.values()):
             values |= {f"{part}/{place}/{key}": value for key, value in state.items() if torch.is_tensor(value)}
