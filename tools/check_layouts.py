@@ -1,6 +1,6 @@
 """Check that layouts train the same model as one rank: run it on your own machines before a long job.
 
-Each layout trains 20 steps from one seed checkpoint; losses by stream and gradient norms are held against one rank's.
+Each layout trains some steps from one seed checkpoint; losses by stream and gradient norms are held against one rank's.
 Layouts are written "tp=2,pp=2,sp=1", apart by ";"; ">" goes on with another layout half-way. Layouts run under torchrun
 on this machine, with as many ranks as each needs; inside a launch (torchrun or srun on a cluster) all of them take the
 launch's ranks, and --directory is a folder that all nodes share.
@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +26,7 @@ from rich.table import Table
 
 from megaspeech.config.schema import ParallelSection
 from megaspeech.parallel import groups
+from megaspeech.parallel.launch import take_variables_from_slurm
 from megaspeech.training.layouts import SHORT, Job, Plan, compare, prepare_jobs, run_jobs
 
 DEFAULT = (
@@ -34,6 +34,7 @@ DEFAULT = (
     "tp=2,dp=2,data=fsdp2; tp=2,pp=2,sp=1 > dp=4,data=fsdp2 > dp=2,cp=2"
 )
 DONE = "layout done:"
+SECONDS_FOR_REFERENCES = 3600.0
 PER_LAUNCH = 12
 """Layouts that share a launch: importing takes seconds, but torch keeps threads of every group that there was."""
 
@@ -43,12 +44,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", type=Path, help="whose model and optimizer to take; else the preset tiny")
     parser.add_argument("--layouts", default=DEFAULT, help=f"names: dp, {', '.join(SHORT)}, or section.field")
+    parser.add_argument("--steps", type=int, default=20, help="of every run")
     parser.add_argument("--frames", type=int, default=16, help="length of the synthetic samples")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--directory", type=Path, help="where to work; a temporary folder without it")
     parser.add_argument("--jobs", type=Path, help=argparse.SUPPRESS)  # how the tool starts itself under torchrun
     arguments = parser.parse_args()
+    take_variables_from_slurm()
     if arguments.jobs:
+        groups.join(ParallelSection())
         return _work(Job.read_all(arguments.jobs), config_path=arguments.config)
     try:
         plans = [Plan.parse(text) for text in arguments.layouts.split(";") if text.strip()]
@@ -65,7 +69,8 @@ def main() -> int:
                     _launch(mine, arguments, ranks=ranks, advance=lambda: progress.advance(task))
             return _report(jobs, arguments)
     except ValueError as error:
-        print(f"check_layouts: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"check_layouts: {error}", file=sys.stderr)
         return 1
 
 
@@ -77,7 +82,8 @@ def _prepare(arguments: argparse.Namespace, plans: list[Plan], directory: Path) 
     if not arguments.config:
         arguments.config = directory / "tiny.toml"
         arguments.config.write_text('[model]\npreset = "tiny"\n', encoding="utf-8")
-    return prepare_jobs(plans, config_path=arguments.config, directory=directory, num_frames=arguments.frames)
+    sizes = {"num_frames": arguments.frames, "train_steps": arguments.steps}
+    return prepare_jobs(plans, config_path=arguments.config, directory=directory, **sizes)
 
 
 def _launch(jobs: list[Job], arguments: argparse.Namespace, *, ranks: int, advance: Callable[[], None]) -> None:
@@ -97,8 +103,7 @@ def _launch(jobs: list[Job], arguments: argparse.Namespace, *, ranks: int, advan
 
 
 def _work(jobs: list[Job], *, config_path: Path) -> int:
-    """What each rank of a launch does."""
-    groups.join(ParallelSection())
+    """What each rank of a launch does; process groups are up, and taken down here."""
     try:
         for job in run_jobs(jobs, config_path=config_path):
             if dist.get_rank() == 0:
@@ -112,31 +117,29 @@ def _in_a_launch(arguments: argparse.Namespace, plans: list[Plan]) -> int:
     """All plans on the ranks of the launch; the first rank alone makes the references before, and the report after."""
     if arguments.directory is None:
         raise ValueError("--directory: inside a launch, name a folder that all nodes share")
-    is_first, ready = os.environ["RANK"] == "0", arguments.directory / "plans.jobs.json"
-    if is_first:
-        ready.unlink(missing_ok=True)
+    groups.join(ParallelSection(), timeout=SECONDS_FOR_REFERENCES)
+    prepared: list = [None, None]
+    if dist.get_rank() == 0:
         references, jobs = _prepare(arguments, plans, arguments.directory)
         _launch(references, arguments, ranks=1, advance=lambda: None)
-        Job.write_all(jobs, ready)
-    while not ready.is_file():
-        time.sleep(1)
-    jobs = Job.read_all(ready)
-    _work(jobs, config_path=arguments.config or arguments.directory / "tiny.toml")
+        prepared = [jobs, arguments.config]
+    dist.broadcast_object_list(prepared)
+    is_first, (jobs, config_path) = dist.get_rank() == 0, prepared
+    _work(jobs, config_path=config_path)
     return _report(jobs, arguments) if is_first else 0
 
 
 def _report(jobs: list[Job], arguments: argparse.Namespace) -> int:
     verdicts = [compare(job) for job in jobs]
-    table = Table("layout", "ranks", "loss, largest difference", "gradient norm", "frames/s", "within")
+    table = Table("layout", "ranks needed", "loss, largest difference", "gradient norm", "frames/s", "within")
     for verdict in verdicts:
         figures = [f"{verdict.loss:.1e}", f"{verdict.grad_norm:.1e}", f"{verdict.frames_per_second:,.0f}"]
         mark = "[green]yes" if verdict.holds else "[red]NO"
         figures = ["-"] * len(figures) if verdict.fault else figures
         table.add_row(verdict.plan, str(verdict.ranks), *figures, f"{mark}, {verdict.band:.0e}")
     Console(width=None if sys.stdout.isatty() else 150).print(table)
-    for verdict in verdicts:
-        if verdict.fault:
-            print(f"{verdict.plan}: {verdict.fault}")
+    for verdict in filter(lambda verdict: verdict.fault, verdicts):
+        print(f"{verdict.plan}: {verdict.fault}")
     if arguments.json:
         text = json.dumps([asdict(verdict) for verdict in verdicts], indent=1)
         arguments.json.write_text(text + "\n", encoding="utf-8")

@@ -46,12 +46,12 @@ rounding: 2^-24 in FP32, and in BF16, whose weights and activations have 8 bits,
 
 FAULT, DONE = "fault.txt", "done"
 RUN = (
-    *("training.train_steps=20", "training.micro_batch_size=2", "training.global_batch_size=8"),
+    *("training.micro_batch_size=2", "training.global_batch_size=8", "training.exit_step=0"),
     *("optimizer.lr_warmup_steps=5", "optimizer.lr=3e-3", "loss.silence_fraction=0.5", "training.eval_interval=0"),
     *("data.mixture={asr-en = 1.0, tts-en = 2.0}", "data.num_workers=0", "codec.path=", "data.tokenizer="),
     *("checkpoint.save_interval=0", "checkpoint.keep_last=9", "logging.tensorboard=false", "logging.sample_interval=0"),
 )
-"""Of every run that is compared: synthetic shards, 20 steps, no files but its records and its last checkpoint."""
+"""Of every run that is compared: synthetic shards, no files but its records and its last checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Verdict:
 
 
 def prepare_jobs(
-    plans: Sequence[Plan], *, config_path: Path, directory: Path, num_frames: int
+    plans: Sequence[Plan], *, config_path: Path, directory: Path, num_frames: int, train_steps: int
 ) -> tuple[list[Job], list[Job]]:
     """(a one-rank reference of every model that is asked for, which also saves the seed; the plans' jobs).
 
@@ -166,13 +166,15 @@ def prepare_jobs(
         config_path: whose model and optimizer to take.
         directory: where to; synthetic shards are written there.
         num_frames: length of their samples.
+        train_steps: of every run.
 
     Raises:
         ValueError: the config, or what a plan makes of its model, has faults.
     """
     references, jobs = [], []
     for number, model in enumerate(dict.fromkeys(plan.model for plan in plans)):
-        common = (*RUN, f"data.num_frames={num_frames}", f"data.directory={directory}/shards{number}")
+        sizes = (f"data.num_frames={num_frames}", f"training.train_steps={train_steps}")
+        common = (*RUN, *sizes, f"data.directory={directory}/shards{number}")
         config = read_config(config_path, [*common, *filter(None, model.split(","))])
         write_synthetic_shards(directory / f"shards{number}", streams=config.streams, num_frames=num_frames)
         reference = directory / f"reference{number}"

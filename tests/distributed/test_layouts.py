@@ -1,4 +1,5 @@
-"""Every layout trains the same model: losses by stream and gradient norms of 20 steps from one seed checkpoint.
+"""Every layout trains the same model: losses by stream and gradient norms of 20 steps from one seed checkpoint, and
+of 40 where a run changes its layout on the way.
 
 Run as a user runs them, by `tools/check_layouts.py`, on CPU ranks over gloo: FP32 within 1e-5 of one rank, BF16 within
 its band. Layouts of as many ranks share their processes, because importing megatron-core takes seconds.
@@ -89,7 +90,7 @@ OTHERS = [
     "dtype=bf16,tp=2,dp=2,data=fsdp2",
     "dtype=bf16,dp=2,data=megatron_fsdp",
 ]
-# One run that goes on from its checkpoint, optimizer and all, on another layout.
+# One run that goes on from its checkpoint, optimizer and all, on another layout: 20 steps before, and 20 after.
 RESHARDED = [
     "tp=2,pp=2,sp=1 > dp=4",
     "dp=4 > tp=4,sp=1 > pp=4",
@@ -101,22 +102,49 @@ RESHARDED = [
     "model.preset=tiny-moe,ep=4,dp=4 > model.preset=tiny-moe,tp=2,sp=1,pp=2 > model.preset=tiny-moe,dp=4,data=fsdp2",
     "dtype=bf16,tp=2,dp=2 > dtype=bf16,dp=4,data=fsdp2 > dtype=bf16,dp=4,data=megatron_fsdp > dtype=bf16,dp=4,zero=0",
 ]
-PLANS = [*_products(), *OTHERS, *RESHARDED]
+STEPS = {text: 20 for text in (*_products(), *OTHERS)} | {text: 40 for text in RESHARDED}
 
 
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """What the tool found, by layout."""
-    figures = tmp_path_factory.mktemp("layouts") / "figures.json"
-    command = [sys.executable, str(TOOL), "--layouts", ";".join(PLANS), "--json", str(figures)]
-    subprocess.run(command, env=environment(), timeout=TIMEOUT)
-    return {verdict["plan"]: verdict for verdict in json.loads(figures.read_text())}
+    found = {}
+    for steps in sorted(set(STEPS.values())):
+        figures = tmp_path_factory.mktemp("layouts") / "figures.json"
+        layouts = ";".join(text for text, count in STEPS.items() if count == steps)
+        command = [sys.executable, str(TOOL), "--layouts", layouts, "--steps", str(steps), "--json", str(figures)]
+        subprocess.run(command, env=environment(), timeout=TIMEOUT)
+        found |= {verdict["plan"]: verdict for verdict in json.loads(figures.read_text())}
+    return found
 
 
-@pytest.mark.parametrize("text", PLANS)
+@pytest.mark.parametrize("text", STEPS)
 def test_layout_equals_one_rank(text: str, verdicts: dict[str, dict]) -> None:
     verdict = verdicts[Plan.parse(text).name]
     assert not verdict["fault"], verdict["fault"]
     assert verdict["band"] == (BANDS["bf16"] if "bf16" in text else BANDS["fp32"])
     assert verdict["loss"] <= verdict["band"] and verdict["grad_norm"] <= verdict["band"]
     assert verdict["frames_per_second"] > 0
+
+
+def test_inside_a_launch_and_out_of_its_band(tmp_path: Path) -> None:
+    """As on a cluster, where the launch is there already; one layout needs more ranks, one changes what is trained."""
+    figures = tmp_path / "figures.json"
+    layouts = "pp=2; dp=2; tp=4; dp=2,optimizer.lr=1e-3 > dp=2"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(TOOL)]
+    options = ["--layouts", layouts, "--directory", str(tmp_path / "shared"), "--json", str(figures), "--steps", "10"]
+    finished = subprocess.run([*launch, *options], env=environment(), capture_output=True, text=True, timeout=TIMEOUT)
+    assert finished.returncode == 1
+    good, also_good, impossible, other = json.loads(figures.read_text())
+    assert max(good["loss"], good["grad_norm"], also_good["loss"], also_good["grad_norm"]) < BANDS["fp32"]
+    assert "tensor 4 x pipeline 1 = 4 ranks does not divide the 2" in impossible["fault"]
+    # Half-way the learning rate is another than the reference's: a breach.
+    assert not other["fault"] and other["loss"] > BANDS["fp32"]
+    assert "NO" in finished.stdout and impossible["fault"] in finished.stdout
+
+
+def test_what_is_not_understood() -> None:
+    command = [sys.executable, str(TOOL), "--layouts", "tp=2; speed=9"]
+    finished = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=TIMEOUT)
+    assert finished.returncode == 1 and "Traceback" not in finished.stderr
+    assert "layout 'speed=9': 'speed=9' is not understood" in finished.stderr
