@@ -1,1 +1,1 @@
-"""How the model is spread: the host, process groups, wrapping, the pipeline schedule, reductions."""
+"""How the model is spread, and how its ranks live and end: groups, wrapping, schedule, reductions; launch, watchdog."""
