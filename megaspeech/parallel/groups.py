@@ -16,6 +16,9 @@ from megaspeech.config.schema import ParallelSection
 from megaspeech.parallel import host
 from megaspeech.parallel.rendezvous import store_of_this_start
 
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+"""What a launcher would tell one rank."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -62,10 +65,12 @@ def join(parallel: ParallelSection, *, timeout: float = 600.0) -> None:
     else:
         host.enable()
         backend = "gloo"
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
-        os.environ.setdefault(name, value)  # without torchrun: one rank
     limit = timedelta(seconds=timeout)
+    missing = ALONE.keys() - os.environ.keys()
+    os.environ.update({name: ALONE[name] for name in missing})
     store, rank, world_size = store_of_this_start(timeout=limit)
+    for name in missing:  # or processes that this one starts would take themselves for its only rank
+        del os.environ[name]
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
 
 

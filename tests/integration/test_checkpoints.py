@@ -162,7 +162,7 @@ def test_the_inspection_tool(home: Path, reference: Path) -> None:
     (folder,), contents = values["checkpoints"], values["contents"]
     assert not folder["verified"] and contents["step"] == 10 and contents["num_ranks"] == 2
     tensors = {tensor["name"]: tensor for tensor in contents["tensors"]}
-    assert tensors["depth.layers.1.fc2.weight"]["shape"] == [4, 88, 32]
+    assert tensors["depth.layers.1.fc2.weight"]["shape"] == [4 * 88, 32]
     assert contents["sizes"]["optimizer"] > 2 * contents["sizes"]["model"]
 
 
