@@ -65,7 +65,7 @@ class Layout:
     @classmethod
     def parse(cls, text: str) -> Layout:
         """From "tp=2,pp=2,sp=1". Raises ValueError naming an item that is not of the form name=value."""
-        ranks, overrides = 1, []
+        text, ranks, overrides = text.strip(), 1, []
         for item in filter(None, (part.strip() for part in text.split(","))):
             name, equals, value = item.partition("=")
             if not equals or not (name == "dp" or name in SHORT or "." in name):
@@ -79,7 +79,7 @@ class Layout:
                 value = "true" if value in ("1", "true") else "false"
             if name != "dp":
                 overrides.append(f"{SHORT.get(name, name)}={value}")
-        return cls(text.strip(), ranks, tuple(overrides))
+        return cls(text, ranks, tuple(overrides))
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,8 @@ def inject(faults: list[Fault]) -> None:
     _wrap_gradient_norm(place, [fault for fault in faults if fault.what == "gradient"])
     for fault in faults:
         if fault.what == "signal":
-            _signal_during(trainer.Trainer, fault.during)
+            owner = trainer.Checkpointing if fault.during == "save" else trainer.Trainer
+            _signal_during(owner, fault.during)
 
 
 def _wrap_train_step(owner: Any, place: Place) -> None:
