@@ -53,11 +53,6 @@ OTHERS = [
     "tp=4,data.length_multiple=1,pp=1",
     "tp=2,sp=1,data.length_multiple=1",
     "tp=2,cp=2,sp=1,data.length_multiple=1",
-    # Megatron-FSDP
-    "dp=2,data=megatron_fsdp",
-    "tp=2,sp=1,dp=2,data=megatron_fsdp",
-    "cp=2,dp=2,data=megatron_fsdp",
-    "dp=2,data=megatron_fsdp,recompute=full",
     # recomputation
     "recompute=selective",
     "tp=2,sp=1,recompute=selective,parallel.recompute_modules=['layernorm']",
@@ -88,19 +83,17 @@ OTHERS = [
     "dtype=bf16,dp=2,data=fsdp2",
     "dtype=bf16,tp=2,pp=2,sp=1",
     "dtype=bf16,tp=2,dp=2,data=fsdp2",
-    "dtype=bf16,dp=2,data=megatron_fsdp",
+    "dtype=bf16,tp=2,dp=2 > dtype=bf16,dp=4,data=fsdp2 > dtype=bf16,dp=4,zero=0",
 ]
 # One run that goes on from its checkpoint, optimizer and all, on another layout: 20 steps before, and 20 after.
 RESHARDED = [
     "tp=2,pp=2,sp=1 > dp=4",
     "dp=4 > tp=4,sp=1 > pp=4",
     "dp=4,data=fsdp2 > tp=2,pp=2,sp=1",
-    "dp=4,data=megatron_fsdp > tp=2,pp=2,sp=1 > dp=4,data=fsdp2 > dp=4,data=megatron_fsdp",
     "tp=2,pp=2,sp=1 > tp=2,dp=2,data=fsdp2",
     "dp=2,cp=2,zero=0 > dp=4 > dp=4,data=fsdp2 > dp=4,zero=0",
     "pp=2,vp=2,dp=2 > pp=2,dp=2,last=1 > cp=2,tp=2",
     "model.preset=tiny-moe,ep=4,dp=4 > model.preset=tiny-moe,tp=2,sp=1,pp=2 > model.preset=tiny-moe,dp=4,data=fsdp2",
-    "dtype=bf16,tp=2,dp=2 > dtype=bf16,dp=4,data=fsdp2 > dtype=bf16,dp=4,data=megatron_fsdp > dtype=bf16,dp=4,zero=0",
 ]
 STEPS = {text: 20 for text in (*_products(), *OTHERS)} | {text: 40 for text in RESHARDED}
 
