@@ -48,9 +48,6 @@ class _HostMode(TorchFunctionMode):
             kwargs = {**kwargs, "pin_memory": False}
         if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
             return args[0]
-        if len(args) == 1 and isinstance(args[0], str) and args[0] == "cuda:cpu":
-            # megatron_fsdp.py:184 writes the current device's number behind "cuda:"
-            return CPU
         if func is torch.Tensor.to:
             args = tuple(_host_device(arg) for arg in args)
         if func is torch.Tensor.type and len(args) == 1:

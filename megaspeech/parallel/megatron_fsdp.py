@@ -36,7 +36,6 @@ class MegatronShardedChunk(mcore_fsdp_adapter.FullyShardedDataParallel):
                 use_distributed_optimizer=True,
                 data_parallel_sharding_strategy="optim_grads_params",
                 grad_reduce_in_fp32=True,
-                gradient_reduce_div_fusion=torch.cuda.is_available(),  # a reduction of NCCL's own
             ),
             module=Float16Module(model.config, model) if model.config.bf16 else model,
             fsdp_unit_modules=[TransformerLayer, *alone],
