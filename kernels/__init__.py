@@ -1,16 +1,19 @@
 """The three operations of a codec-stream model that are worth a kernel, imported as `megaspeech.kernels`.
 
-Each has a folder with `reference.py`, the plain torch it is defined by. `KERNELS` picks an implementation by the
-config's `model.kernels`, explicitly: nothing falls back silently. No collectives and no modules here: an operation
-takes this rank's rows and returns this rank's part.
+Each has a folder: `reference.py`, the plain torch that defines it; `kernel.py`, Triton; `function.py`, the same
+interface over the Triton kernel, with its gradient. `load_kernels` picks one by the config's `model.kernels`,
+explicitly: nothing falls back silently. No collectives and no modules here: an operation takes this rank's rows and
+returns this rank's part.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from importlib import import_module
 from types import ModuleType
 
-from megaspeech.kernels.codebook_cross_entropy import reference as cross_entropy_reference
-from megaspeech.kernels.depth_attention import reference as attention_reference
-from megaspeech.kernels.stream_embedding import reference as embedding_reference
+IMPLEMENTATIONS = {"reference": "reference", "triton": "function"}
+"""Module of each kernel's folder that holds an implementation."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +25,13 @@ class Kernels:
     codebook_cross_entropy: ModuleType
 
 
-KERNELS = {
-    "reference": Kernels(
-        stream_embedding=embedding_reference,
-        depth_attention=attention_reference,
-        codebook_cross_entropy=cross_entropy_reference,
+def load_kernels(name: str) -> Kernels:
+    """The implementation called `name`: "reference" or "triton".
+
+    Raises:
+        ValueError: "triton" where Triton is not installed.
+    """
+    module = IMPLEMENTATIONS[name]
+    return Kernels(
+        **{each: import_module(f"megaspeech.kernels.{each}.{module}") for each in Kernels.__dataclass_fields__}
     )
-}

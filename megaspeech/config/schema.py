@@ -33,7 +33,8 @@ class ModelSection(Section):
     """Which shape the model has and which code computes it."""
 
     preset: str = "digits"
-    kernels: Literal["reference"] = "reference"
+    kernels: Literal["reference", "triton"] = "reference"
+    """Plain torch, or the Triton kernels of `kernels/`, which run on GPUs (and in Triton's interpreter)."""
     transformer_impl: Literal["local", "transformer_engine"] = "local"
     layernorm_epsilon: float = Field(1e-8, gt=0)
     init_method_std: float = Field(0.02, gt=0)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megaspeech.config import Config
-from megaspeech.kernels import KERNELS
+from megaspeech.kernels import load_kernels
 from megaspeech.kernels.stream_embedding.reference import delayed_codes
 from megaspeech.model.depth import DepthTransformer
 from megaspeech.model.embedding import StreamEmbedding
@@ -50,7 +50,7 @@ class SpeechTextModel(MegatronModule):
 
         self.streams = config.streams
         self.num_predicted = 1 + config.streams.num_codebooks
-        kernels = KERNELS[config.model.kernels]
+        kernels = load_kernels(config.model.kernels)
         if pre_process:
             self.embedding = StreamEmbedding(config.streams, megatron=megatron, kernels=kernels)
         self.temporal = TemporalTransformer(

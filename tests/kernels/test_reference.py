@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megaspeech.kernels import KERNELS
+from megaspeech.kernels import load_kernels
 from megaspeech.kernels.stream_embedding.reference import delayed_codes, packed_embedding
 
-REFERENCE = KERNELS["reference"]
+REFERENCE = load_kernels("reference")
 stream_embedding = REFERENCE.stream_embedding.stream_embedding
 depth_attention = REFERENCE.depth_attention.depth_attention
 codebook_cross_entropy = REFERENCE.codebook_cross_entropy.codebook_cross_entropy

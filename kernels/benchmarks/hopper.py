@@ -1,0 +1,72 @@
+"""The machine code that Triton makes for Hopper, read without a GPU: registers, spills, shared memory, load widths."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megaspeech.kernels.launching import compiled_only, triton
+
+TARGET = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """One compiled kernel. `loads` counts the loads from global memory by their width in bits."""
+
+    kernel: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    loads: dict[str, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+class _Hopper:
+    """What Triton asks of a driver in order to compile; an H100's answers."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return TARGET
+
+
+def compile_for_hopper(call: Callable[[], Any]) -> list[MachineCode]:
+    """Machine code of every kernel that `call` launches (on meta tensors, say), in order."""
+    triton.runtime.driver.set_active(_Hopper())
+    with compiled_only() as compiled:
+        call()
+    return [_read(name, kernel) for name, kernel in compiled]
+
+
+def _read(name: str, kernel: Any) -> MachineCode:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [CUOBJDUMP, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
+    return MachineCode(name, registers, stack + local, kernel.metadata.shared, _load_widths(kernel.asm["ptx"]))
+
+
+def _load_widths(ptx: str) -> dict[str, int]:
+    """Direct loads, and copies to shared memory, which name their bytes."""
+    direct = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[a-z](\d+) ", ptx)
+    copies = re.findall(r"cp\.async\.\w+\.shared\.global\S* \[[^\]]+\], \[[^\]]+\], (\w+)", ptx)
+    widths = Counter(int(vector or 1) * int(bits) for vector, bits in direct)
+    widths.update(8 * int(size, 0) for size in copies)
+    return {str(width): widths[width] for width in sorted(widths)}
