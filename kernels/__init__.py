@@ -29,9 +29,11 @@ def load_kernels(name: str) -> Kernels:
     """The implementation called `name`: "reference" or "triton".
 
     Raises:
-        ValueError: "triton" where Triton is not installed.
+        ValueError: "triton" where Triton is not installed, or cannot run.
     """
     module = IMPLEMENTATIONS[name]
+    if name == "triton":
+        import_module("megaspeech.kernels.launching").require_device()
     return Kernels(
         **{each: import_module(f"megaspeech.kernels.{each}.{module}") for each in Kernels.__dataclass_fields__}
     )

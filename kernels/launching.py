@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 try:
@@ -28,9 +29,10 @@ Compiled = list[tuple[str, Any]]
 _compiled: Compiled | None = None
 
 
-def require_device(tensor: Tensor) -> None:
-    """Raise ValueError where no kernel can run: CPU tensors without the interpreter."""
-    if tensor.is_cpu and not triton.knobs.runtime.interpret:
+def require_device(tensor: Tensor | None = None) -> None:
+    """Raise ValueError where kernels cannot run on `tensor`, or without one, on this machine."""
+    on_gpu = torch.cuda.is_available() if tensor is None else tensor.is_cuda
+    if not on_gpu and not triton.knobs.runtime.interpret:
         raise ValueError(
             'model.kernels: "triton" runs on a GPU, and here is none; take "reference", '
             "or set TRITON_INTERPRET=1 to run the kernels slowly in Triton's interpreter"

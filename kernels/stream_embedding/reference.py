@@ -35,6 +35,7 @@ def stream_embedding(
     offsets: Tensor,
     first_row: int = 0,
     frames: Tensor | None = None,
+    atomic: bool = False,
 ) -> Tensor:
     """The partial sum over streams of the rows that this rank holds.
 
@@ -46,6 +47,7 @@ def stream_embedding(
         offsets: the stream's first row in the whole table `[S]`.
         first_row: row range of this rank.
         frames: which frames are wanted, where a context parallel rank holds some of them only; None for all.
+        atomic: whether the table's gradient may be summed in any order; torch sums in an order of its own.
 
     Returns:
         `[T, B, H]` of the frames wanted; summed over the ranks that share the table it is the embedding.

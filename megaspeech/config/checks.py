@@ -19,12 +19,18 @@ def cross_section_faults(sections: Mapping[str, Any], *, world_size: int | None 
         world_size: number of ranks, or None when the config is read outside a launch.
     """
     faults: list[str] = []
-    for check in (_layout, _heads, _layers, _experts, _vocabulary, _batch, _streams):
+    for check in (_kernels, _layout, _heads, _layers, _experts, _vocabulary, _batch, _streams):
         try:
             faults.extend(check(sections, world_size))
         except KeyError:  # a section this check reads has faults of its own, reported already
             continue
     return faults
+
+
+def _kernels(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
+    model = sections["model"]
+    if model.embedding_gradient == "atomic" and model.kernels != "triton":
+        yield f'model.embedding_gradient: "atomic" is for kernels = "triton", not "{model.kernels}"; use "sorted"'
 
 
 def _layout(sections: Mapping[str, Any], world_size: int | None) -> Iterator[str]:

@@ -35,6 +35,8 @@ class ModelSection(Section):
     preset: str = "digits"
     kernels: Literal["reference", "triton"] = "reference"
     """Plain torch, or the Triton kernels of `kernels/`, which run on GPUs (and in Triton's interpreter)."""
+    embedding_gradient: Literal["sorted", "atomic"] = "sorted"
+    """How "triton" sums the gradient of the stream embeddings: the same bits every time, or in any order."""
     transformer_impl: Literal["local", "transformer_engine"] = "local"
     layernorm_epsilon: float = Field(1e-8, gt=0)
     init_method_std: float = Field(0.02, gt=0)

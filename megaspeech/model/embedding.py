@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from megatron.core.tensor_parallel import VocabParallelEmbedding
@@ -40,9 +41,11 @@ class StreamEmbedding(MegatronModule):
     is_sharded_alone = True
     """Fully sharded data parallelism gathers its parameters when it is called."""
 
-    def __init__(self, streams: StreamsSection, *, megatron: TransformerConfig, kernels: Kernels) -> None:
+    def __init__(
+        self, streams: StreamsSection, *, megatron: TransformerConfig, kernels: Kernels, atomic_gradient: bool
+    ) -> None:
         super().__init__(megatron)
-        self.kernel = kernels.stream_embedding.stream_embedding
+        self.kernel = partial(kernels.stream_embedding.stream_embedding, atomic=atomic_gradient)
         self.table = VocabParallelEmbedding(
             padded_rows(streams.cardinalities), megatron.hidden_size, init_method=megatron.init_method, config=megatron
         )

@@ -52,7 +52,8 @@ class SpeechTextModel(MegatronModule):
         self.num_predicted = 1 + config.streams.num_codebooks
         kernels = load_kernels(config.model.kernels)
         if pre_process:
-            self.embedding = StreamEmbedding(config.streams, megatron=megatron, kernels=kernels)
+            atomic = config.model.embedding_gradient == "atomic"
+            self.embedding = StreamEmbedding(config.streams, megatron=megatron, kernels=kernels, atomic_gradient=atomic)
         self.temporal = TemporalTransformer(
             config, megatron=megatron, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
         )

@@ -58,9 +58,8 @@ def both(case: Case, **options) -> tuple[list[Tensor], list[Tensor], list[Tensor
     results = []
     for module, dtype in ((function, None), (reference, None), (reference, torch.float64)):
         table = case.table_RH.detach().to(dtype or case.table_RH.dtype).requires_grad_()
-        keywords = {name: value for name, value in options.items() if name != "atomic" or module is function}
         out = module.stream_embedding(
-            case.codes_BST.long() if module is reference else case.codes_BST, table, **case.streams, **keywords
+            case.codes_BST.long() if module is reference else case.codes_BST, table, **case.streams, **options
         )
         draw = torch.Generator().manual_seed(1)
         weight = torch.randn(out.shape, generator=draw).to(case.table_RH.dtype).to(out.dtype)

@@ -147,6 +147,7 @@ def test_malformed_overrides(read: Read, override: str) -> None:
         (["optimizer.lr_warmup_steps=1000"], None, "optimizer.lr_warmup_steps: 1000 leaves nothing of"),
         (["streams.delays=[0, 0, 1]"], None, "streams.delays: 3 entries, but there are 9 streams"),
         (["streams.text_pad_id=48"], None, "streams.text_pad_id: 48 is not below text_cardinality = 48"),
+        (["model.embedding_gradient=atomic"], None, 'model.embedding_gradient: "atomic" is for kernels = "triton"'),
         (["streams.text_end_pad_id=50"], None, "streams.text_end_pad_id: 50 is not below"),
     ],
 )

@@ -233,8 +233,8 @@ def _arguments(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.arg]:
 
 
 def _is_complete(node: ast.AST) -> bool:
-    """Whether every argument and the result of a function are annotated."""
-    if isinstance(node, ast.ClassDef):
+    """Whether every argument and the result of a function are annotated; Triton's have pointers and numbers only."""
+    if isinstance(node, ast.ClassDef) or any(ast.unparse(each) == "triton.jit" for each in node.decorator_list):
         return True
     return node.returns is not None and all(argument.annotation for argument in _arguments(node))
 
