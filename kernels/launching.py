@@ -23,8 +23,8 @@ except ImportError as error:
 
 __all__ = ["compiled_only", "launch", "require_device", "tl", "triton"]
 
-Compiled = list[tuple[str, Any]]
-"""(name, triton's compiled kernel) of every launch."""
+Compiled = list[tuple[str, dict[str, Any], Any]]
+"""(name, options, triton's compiled kernel) of every launch."""
 
 _compiled: Compiled | None = None
 
@@ -49,7 +49,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
         options: its constants, and `num_warps`, `num_stages`.
     """
     if _compiled is not None:
-        _compiled.append((kernel.__name__, kernel.warmup(*arguments, grid=grid, enable_fp_fusion=True, **options)))
+        compiled = kernel.warmup(*arguments, grid=grid, enable_fp_fusion=True, **options)
+        _compiled.append((kernel.__name__, options, compiled))
     elif all(grid):
         kernel[grid](*arguments, enable_fp_fusion=True, **options)
 

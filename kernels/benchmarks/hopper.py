@@ -19,9 +19,10 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 @dataclass(frozen=True)
 class MachineCode:
-    """One compiled kernel. `loads` counts the loads from global memory by their width in bits."""
+    """One compiled kernel, of such constants. `loads` counts the loads from global memory by their width in bits."""
 
     kernel: str
+    constants: dict[str, int]
     registers: int
     spilled_bytes: int
     shared_bytes: int
@@ -50,17 +51,18 @@ def compile_for_hopper(call: Callable[[], Any]) -> list[MachineCode]:
     triton.runtime.driver.set_active(_Hopper())
     with compiled_only() as compiled:
         call()
-    return [_read(name, kernel) for name, kernel in compiled]
+    return [_read(*each) for each in compiled]
 
 
-def _read(name: str, kernel: Any) -> MachineCode:
+def _read(name: str, constants: dict[str, int], kernel: Any) -> MachineCode:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         command = [CUOBJDUMP, "--dump-resource-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
-    return MachineCode(name, registers, stack + local, kernel.metadata.shared, _load_widths(kernel.asm["ptx"]))
+    loads = _load_widths(kernel.asm["ptx"])
+    return MachineCode(name, constants, registers, stack + local, kernel.metadata.shared, loads)
 
 
 def _load_widths(ptx: str) -> dict[str, int]:

@@ -75,7 +75,7 @@ def launch_forward(lookup: Lookup, table_RH: Tensor, *, batch_first: bool) -> Te
         table_RH.stride(0),
         *_token_strides(out, batch_first=batch_first),
         **lookup.constants,
-        BLOCK_S=8,
+        BLOCK_S=min(8, triton.next_power_of_2(lookup.codes_BST.shape[1])),
         BLOCK_H=BLOCK_H,
         num_warps=2,
     )

@@ -235,3 +235,18 @@ def test_operators_are_what_they_say() -> None:
     torch.library.opcheck(
         torch.ops.megaspeech.stream_embedding_add_gradient.default, (*lookup, grad, main, False, False)
     )
+
+
+def test_rows_beyond_two_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory is asked for, but only the rows that are used are ever touched."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    width, rows = 4096, (1 << 19) + 3
+    assert (rows - 1) * width > 1 << 31
+    table = torch.nn.Parameter(torch.empty(rows, width, dtype=torch.bfloat16))
+    used = torch.tensor([rows - 1, 5, rows - 2])
+    table.data[used] = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).bfloat16()
+    table.main_grad, table.grad_added_to_main_grad = torch.zeros(rows, width), False
+    out = function.packed_embedding(used.view(1, 1, 3), table, offsets=torch.zeros(1, dtype=torch.int64))
+    assert torch.equal(out[0], table[used])
+    out.backward(out.detach())
+    assert torch.equal(table.main_grad[used], table[used].float())
