@@ -19,7 +19,7 @@ def cross_section_faults(sections: Mapping[str, Any], *, world_size: int | None 
         world_size: number of ranks, or None when the config is read outside a launch.
     """
     faults: list[str] = []
-    for check in (_kernels, _layout, _heads, _layers, _experts, _vocabulary, _batch, _streams):
+    for check in (_kernels, _profile, _layout, _heads, _layers, _experts, _vocabulary, _batch, _streams):
         try:
             faults.extend(check(sections, world_size))
         except KeyError:  # a section this check reads has faults of its own, reported already
@@ -31,6 +31,15 @@ def _kernels(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
     model = sections["model"]
     if model.embedding_gradient == "atomic" and model.kernels != "triton":
         yield f'model.embedding_gradient: "atomic" is for kernels = "triton", not "{model.kernels}"; use "sorted"'
+
+
+def _profile(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
+    first, last = sections["logging"].profile_step_start, sections["logging"].profile_step_end
+    if (first or last) and not 0 < first <= last:
+        yield (
+            f"logging.profile_step_end: {last} does not follow profile_step_start = {first}; profile from step 1 or "
+            f"later to the same step or a later one"
+        )
 
 
 def _layout(sections: Mapping[str, Any], world_size: int | None) -> Iterator[str]:

@@ -260,6 +260,10 @@ class LoggingSection(Section):
     tensorboard: bool = True
     sample_interval: Natural = 0
     """Steps between audio samples and spectrograms of what the model says; 0 means none."""
+    profile_step_start: Natural = 0
+    """First and last step that torch's profiler records, on `profile_ranks`; 0 means none."""
+    profile_step_end: Natural = 0
+    profile_ranks: tuple[Natural, ...] = (0,)
 
 
 class Config(Section):

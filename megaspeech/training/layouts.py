@@ -38,12 +38,15 @@ SHORT = {
     "recompute": "parallel.recompute_granularity",
     "micro": "training.micro_batch_size",
     "dtype": "training.params_dtype",
+    "kernels": "model.kernels",
 }
 """Short names of the keys that a layout is written with; any other `section.field` may stand beside them."""
 BANDS = {"fp32": 1e-5, "bf16": 2e-2}
 """Largest relative difference of a loss or gradient norm, by `training.params_dtype`. Sums in another order differ by
 rounding: 2^-24 in FP32, and in BF16, whose weights and activations have 8 bits, by 2^-8 at a time."""
 
+COMPUTATION = ("parallel.", "training.micro_batch_size", "model.kernels", "model.embedding_gradient")
+"""Keys that leave the model and its losses as they are."""
 FAULT, DONE = "fault.txt", "done"
 RUN = (
     *("training.micro_batch_size=2", "training.global_batch_size=8", "training.exit_step=0"),
@@ -105,9 +108,8 @@ class Plan:
 
     @property
     def model(self) -> str:
-        """What it asks for besides a layout, written as one: the reference, on one rank, has it too."""
-        first = self.layouts[0].overrides
-        return ",".join(one for one in first if not one.startswith(("parallel.", "training.micro_batch_size")))
+        """What it asks for besides a layout and kernels, written as one: the reference, on one rank, has it too."""
+        return ",".join(one for one in self.layouts[0].overrides if not one.startswith(COMPUTATION))
 
 
 @dataclass(frozen=True)

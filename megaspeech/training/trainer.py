@@ -34,6 +34,7 @@ from megaspeech.training.forward_step import make_forward_step
 from megaspeech.training.guarded_step import GuardedStep
 from megaspeech.training.journal import Journal
 from megaspeech.training.metrics import StreamMetrics, reduce_metrics
+from megaspeech.training.profiling import StepProfiler
 from megaspeech.training.signals import StopSignals
 from megaspeech.training.spoken_samples import log_spoken_sample
 
@@ -76,6 +77,7 @@ class Trainer:
             journal=self.journal,
             watchdog=watchdog,
         )
+        self.profiler = StepProfiler(config.logging, rank=grid.rank, directory=Path(config.run.directory) / "profile")
         for chunk in self.wrapped.chunks:
             chunk.register_forward_pre_hook(lambda *_: watchdog.progress())
         self.step = 0
@@ -101,7 +103,8 @@ class Trainer:
         while self.step < last and not stopping:
             self.watchdog.progress(f"step {self.step + 1}")
             started, learning_rate = time.perf_counter(), self.wrapped.optimizer.param_groups[0]["lr"]
-            metrics, grad_norm = self.train_step(next(batches))
+            with self.profiler.step(self.step + 1):
+                metrics, grad_norm = self.train_step(next(batches))
             self.step += 1
             if metrics is not None:
                 self.journal.step(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import shutil
@@ -261,3 +262,17 @@ def _flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
+
+
+def test_some_steps_are_profiled_on_the_ranks_asked_for(home: Path) -> None:
+    steps = ["logging.profile_step_start=2", "logging.profile_step_end=3", "logging.profile_ranks=[1]"]
+    finished = train(
+        *_arguments(home, run="profiled"), "training.exit_step=4", "checkpoint.save_interval=0", *steps, ranks=2
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "profile of steps 2 to 3" in finished.stdout
+    assert sorted(path.name for path in (home / "profiled/profile").iterdir()) == ["rank1.json.gz", "rank1.txt"]
+    with gzip.open(home / "profiled/profile/rank1.json.gz") as trace:
+        names = [event["name"] for event in json.load(trace)["traceEvents"]]
+    assert "aten::scaled_dot_product_attention" in names and names.count("Optimizer.step#AdamW.step") == 2
+    assert "aten::mm" in (home / "profiled/profile/rank1.txt").read_text()

@@ -148,6 +148,8 @@ def test_malformed_overrides(read: Read, override: str) -> None:
         (["streams.delays=[0, 0, 1]"], None, "streams.delays: 3 entries, but there are 9 streams"),
         (["streams.text_pad_id=48"], None, "streams.text_pad_id: 48 is not below text_cardinality = 48"),
         (["model.embedding_gradient=atomic"], None, 'model.embedding_gradient: "atomic" is for kernels = "triton"'),
+        (["logging.profile_step_start=3"], None, "logging.profile_step_end: 0 does not follow profile_step_start = 3"),
+        (["logging.profile_step_end=3"], None, "logging.profile_step_end: 3 does not follow profile_step_start = 0"),
         (["streams.text_end_pad_id=50"], None, "streams.text_end_pad_id: 50 is not below"),
     ],
 )
