@@ -1,4 +1,4 @@
-"""Makes `launching.py` and `one_rank.py`, shared by the tests, importable."""
+"""Makes `launching.py`, `one_rank.py` and `exactness.py`, shared by the tests, importable."""
 
 import sys
 from pathlib import Path
