@@ -27,8 +27,9 @@ check: $(VENV)/.ready ## ruff and the house rules
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest tests/unit/test_house.py
 
-gpu: ## what needs a GPU: tests now, benchmarks as they come (in the environment that has CUDA, not .venv)
+gpu: ## what needs a GPU: its tests, then the kernels' benchmarks (in the environment that has CUDA, not .venv)
 	$(PYTHON) -m pytest -m gpu tests/gpu
+	$(PYTHON) kernels/benchmarks/run.py --output docs/measurements
 
 clean: ## remove what the quickstart made, not .venv
 	rm -rf runs/quickstart
