@@ -85,13 +85,11 @@ class DepthLayer(torch.nn.Module):
         super().__init__()
         shape, codebooks = config.depth, config.streams.num_codebooks
         self.kernel = kernels.depth_attention.depth_attention
-        self.heads, self.groups = shape.num_attention_heads, shape.num_query_groups
-        self.head_width = shape.hidden_size // self.heads
+        self.groups, self.head_width = shape.num_query_groups, shape.hidden_size // shape.num_attention_heads
         eps = config.model.layernorm_epsilon
         self.attention_norm = DepthNorm(shape.hidden_size, eps=eps, dtype=dtype)
-        self.qkv = CodebookLinear(
-            codebooks, shape.hidden_size, (self.heads + 2 * self.groups) * self.head_width, dtype=dtype
-        )
+        heads = shape.num_attention_heads + 2 * self.groups  # queries, then keys, then values
+        self.qkv = CodebookLinear(codebooks, shape.hidden_size, heads * self.head_width, dtype=dtype)
         self.proj = CodebookLinear(codebooks, shape.hidden_size, shape.hidden_size, dtype=dtype)
         self.mlp_norm = DepthNorm(shape.hidden_size, eps=eps, dtype=dtype)
         self.fc1 = CodebookLinear(codebooks, shape.hidden_size, 2 * shape.ffn_hidden_size, dtype=dtype)
@@ -99,9 +97,8 @@ class DepthLayer(torch.nn.Module):
 
     def forward(self, x_QND: Tensor) -> Tensor:
         """`[Q, N, D]` -> `[Q, N, D]`."""
-        qkv = self.qkv(self.attention_norm(x_QND)).unflatten(-1, (self.heads + 2 * self.groups, self.head_width))
-        query, key, value = qkv.split([self.heads, self.groups, self.groups], dim=2)
-        x_QND = x_QND + self.proj(self.kernel(query, key, value))
+        qkv_QNCE = self.qkv(self.attention_norm(x_QND)).unflatten(-1, (-1, self.head_width))
+        x_QND = x_QND + self.proj(self.kernel(qkv_QNCE, num_query_groups=self.groups))
         gate, up = self.fc1(self.mlp_norm(x_QND)).chunk(2, dim=-1)
         return x_QND + self.fc2(F.silu(gate) * up)
 

@@ -121,13 +121,14 @@ def test_delayed_codes_move_right_and_fall_off() -> None:
     assert weights.tolist() == [[[0, 0.5, 1, 1.5], [0, 0, 0, 2.5]]]
 
 
-def attend_by_softmax(query_QNAE: Tensor, key_QNGE: Tensor, value_QNGE: Tensor) -> Tensor:
+def attend_by_softmax(qkv_QNCE: Tensor, groups: int) -> Tensor:
     """FP64 softmax(q k^T / sqrt(E)) v; query head a reads group a // (A / G)."""
-    codebooks, frames, heads, width = query_QNAE.shape
+    codebooks, frames, _, width = qkv_QNCE.shape
+    heads = qkv_QNCE.shape[2] - 2 * groups
+    query, key, value = qkv_QNCE.double().split([heads, groups, groups], dim=2)
     out = torch.zeros(codebooks, frames, heads, width, dtype=torch.float64)
-    query, key, value = (x.double() for x in (query_QNAE, key_QNGE, value_QNGE))
     for head in range(heads):
-        group = head // (heads // key.shape[2])
+        group = head // (heads // groups)
         for q in range(codebooks):
             scores = torch.einsum("ne,kne->nk", query[q, :, head], key[: q + 1, :, group]) / math.sqrt(width)
             out[q, :, head] = torch.einsum("nk,kne->ne", scores.softmax(-1), value[: q + 1, :, group])
@@ -138,19 +139,18 @@ def attend_by_softmax(query_QNAE: Tensor, key_QNGE: Tensor, value_QNGE: Tensor) 
 @pytest.mark.parametrize("codebooks, frames", [(1, 3), (8, 5)])
 def test_depth_attention_equals_the_softmax(codebooks: int, frames: int, groups: int) -> None:
     generator = torch.Generator().manual_seed(groups)
-    query = torch.randn(codebooks, frames, 6, 4, generator=generator)
-    key, value = (torch.randn(codebooks, frames, groups, 4, generator=generator) for _ in range(2))
-    out = depth_attention(3 * query, key, value)
+    qkv = torch.randn(codebooks, frames, 6 + 2 * groups, 4, generator=generator)
+    qkv[:, :, :6] *= 3
+    out = depth_attention(qkv, num_query_groups=groups)
     assert out.shape == (codebooks, frames, 24)
-    torch.testing.assert_close(out.double(), attend_by_softmax(3 * query, key, value), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.double(), attend_by_softmax(qkv, groups), rtol=1e-5, atol=1e-5)
 
 
 def test_depth_attention_neither_looks_ahead_nor_across_frames() -> None:
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = torch.randn(3, 4, 5, 2, 4, generator=generator)
-    before = depth_attention(query, key, value)
-    key[2, 3], value[2, 3] = 9.0, -9.0
-    changed = (depth_attention(query, key, value) != before).any(-1)
+    qkv = torch.randn(4, 5, 6, 4, generator=torch.Generator().manual_seed(0))
+    before = depth_attention(qkv, num_query_groups=2)
+    qkv[2, 3, 2:] = torch.tensor([9.0, -9.0]).repeat_interleave(2)[:, None]  # keys, values
+    changed = (depth_attention(qkv, num_query_groups=2) != before).any(-1)
     assert changed.nonzero().tolist() == [[2, 3], [3, 3]]
 
 
