@@ -27,8 +27,8 @@ class Tile(NamedTuple):
 
 
 def tile_for(dtype: torch.dtype) -> Tile:
-    """BF16: the largest tile whose sums (128 registers a thread) fit, since a tile's side is how often what it reads
-    from L2 is used. FP32, which is for checks and multiplies without tensor cores: a small one."""
+    """BF16: the largest tile whose sums fit in registers, 128 a thread, because each number read from L2 is used as
+    often as the tile is long on its other side. FP32, for checks, has no tensor cores here: a small tile."""
     if dtype == torch.bfloat16:
         return Tile(BN=128, BV=256, BD=64, num_warps=8, num_stages=4)
     return Tile(BN=64, BV=64, BD=32, num_warps=4, num_stages=2)
@@ -44,7 +44,7 @@ def chunk_sizes(num_codebooks: int, num_frames: int, cardinality: int) -> tuple[
     at_once = 2**24
     frames = min(4096, max(1024, at_once // cardinality))
     chunks = max(1, triton.cdiv(num_frames, frames))
-    frames = triton.cdiv(num_frames, chunks * 128) * 128 or 128  # chunks alike, and of whole tiles
+    frames = 128 * max(1, triton.cdiv(num_frames, chunks * 128))  # chunks alike, and of whole tiles
     return min(num_codebooks, max(1, at_once // (frames * cardinality))), frames
 
 
@@ -210,8 +210,8 @@ _forward.register_autograd(_gradients, setup_context=_save)
 def codebook_cross_entropy(hidden_QND: Tensor, heads_QDV: Tensor, targets_QN: Tensor) -> tuple[Tensor, Tensor]:
     """Cross entropy, in FP32, of `hidden @ heads` against `targets`; a target of -1 gives 0.
 
-    Any strides will do; rows of hidden and heads that start at multiples of 16 bytes are read fastest. A target that
-    is neither -1 nor a token gives NaN, in its row's gradient too. A row with a NaN logit is not correct.
+    Any sizes and strides will do; it is fast where D, V and the strides but the last are multiples of 16. A target
+    that is neither -1 nor a token gives NaN, in its row's gradient too. A row with a NaN logit is not correct.
 
     Args:
         hidden_QND: BF16 or FP32.

@@ -66,8 +66,8 @@ def tile_statistics(
 ):  # fmt: skip
     """Of each frame and vocabulary tile: the largest logit, where it first stands, and sum exp(logit - largest).
 
-    The tile that holds a frame's target writes the target's logit; no tile does for a target outside of 0 .. V - 1.
-    A NaN among the logits makes the sum NaN. All but the targets is contiguous FP32, or int32; strides in elements.
+    The tile that holds a frame's target writes the target's logit; of a target that is no token nobody
+    reads it. A NaN among the logits makes the sum NaN. Strides are in elements; what has none is contiguous.
     """
     q, frame_tile, tile = _tile_of_program(num_frames, cardinality, BN, BV, GROUP)
     logits = _logits(
@@ -83,9 +83,8 @@ def tile_statistics(
 
     inside = n < num_frames
     target = tl.load(targets_QN + q * num_frames + n, mask=inside, other=-1) - first_v
-    held = (target >= 0) & (target < tl.minimum(cardinality - first_v, BV))
-    target = tl.where(held, target, -1).to(tl.int32)
-    target_logit = tl.sum(tl.where(v == target[:, None], logits, 0.0), 1)
+    held = (target >= 0) & (target < BV)
+    target_logit = tl.sum(tl.where(v == target.to(tl.int32)[:, None], logits, 0.0), 1)
     tl.store(target_logits_QN + q * num_frames + n, target_logit, mask=inside & held)
 
     to = (q * tl.cdiv(cardinality, BV) + tile) * num_frames + n
@@ -159,8 +158,7 @@ def logit_gradients(
     maximum = tl.load(maxima_QN + q * rows_q + n, mask=inside, other=0.0)
     total = tl.load(sums_QN + q * rows_q + n, mask=inside, other=1.0)
     gradient = tl.load(loss_gradients_QN + q * rows_q + n, mask=inside & (target != -1), other=0.0)
-    in_tile = (target >= first_v) & (target < first_v + BV)
-    target = tl.where(in_tile, target - first_v, -1).to(tl.int32)
+    target = (target - first_v).to(tl.int32)  # 32 bits are enough for tokens; of another target the sum is NaN
     out = tl.exp2((logits - maximum[:, None]) * LOG2_E) * (gradient / total)[:, None]
     out = tl.where(v == target[:, None], out - gradient[:, None], out)
     out_QNV += (q * num_frames + frame_tile * BN) * cardinality + first_v

@@ -164,11 +164,27 @@ def test_logits_of_thousands(dtype: torch.dtype) -> None:
     check(hidden, torch.cat([heads, heads[..., :50]], -1), targets)  # two of the largest: gradients that do not vanish
 
 
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_small_losses_of_large_logits(dtype: torch.dtype) -> None:
+    """Sums of whole numbers are exact, so the losses are: log of how many logits are the largest."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randint(-3, 4, (2, 30, 16), generator=generator).to(dtype)
+    heads = (64 * torch.randint(-40, 41, (2, 16, 90), generator=generator)).repeat(1, 1, 2).to(dtype)
+    likely = (hidden.double() @ heads.double()).argmax(-1)
+    losses, correct = codebook_cross_entropy(hidden, heads, likely)
+    torch.testing.assert_close(losses, exact_of(hidden, heads, likely)[0].float(), rtol=1e-6, atol=0)
+    assert correct.all() and not codebook_cross_entropy(hidden, heads, likely + 90)[1].any()
+
+
 def test_nan_stays_in_its_row() -> None:
     hidden, heads, targets = make(2, 70, 16, 90, dtype=torch.bfloat16)
     clean = run(codebook_cross_entropy, hidden, heads, targets)
     targets[1, 5], targets[1, 6], hidden[1, 5:7, 3] = 0, -1, float("nan")
     loss, correct, gradient, _ = run(codebook_cross_entropy, hidden, heads, targets)
+    heads_with_nan = heads.clone()
+    heads_with_nan[0, :, 40] = float("nan")
+    everywhere, correct_anywhere = codebook_cross_entropy(hidden, heads_with_nan, targets)
+    assert everywhere[0][targets[0] >= 0].isnan().all() and not correct_anywhere[0].any() and clean[1][0].any()
     others = torch.ones(2, 70, dtype=torch.bool)
     others[1, 5:7] = False
     assert loss[1, 5].isnan() and gradient[1, 5].isnan().all() and not correct[1, 5] and loss[1, 6] == 0
