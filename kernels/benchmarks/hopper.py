@@ -19,7 +19,11 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 @dataclass(frozen=True)
 class MachineCode:
-    """One compiled kernel, of such constants. `loads` counts the loads from global memory by their width in bits."""
+    """One compiled kernel, of such constants.
+
+    `loads` counts the loads from global memory by their width in bits, `products` the instructions that multiply
+    matrices on tensor cores by their kind: "wgmma", Hopper's own, or "mma", its predecessor for small tiles.
+    """
 
     kernel: str
     constants: dict[str, int]
@@ -27,6 +31,7 @@ class MachineCode:
     spilled_bytes: int
     shared_bytes: int
     loads: dict[str, int]
+    products: dict[str, int]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -61,8 +66,11 @@ def _read(name: str, constants: dict[str, int], kernel: Any) -> MachineCode:
         command = [CUOBJDUMP, "--dump-resource-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
-    loads = _load_widths(kernel.asm["ptx"])
-    return MachineCode(name, constants, registers, stack + local, kernel.metadata.shared, loads)
+    ptx = kernel.asm["ptx"]
+    products = Counter(re.findall(r"(wgmma|\bmma)\.(?:mma_async\.)?sync", ptx))
+    return MachineCode(
+        name, constants, registers, stack + local, kernel.metadata.shared, _load_widths(ptx), dict(products)
+    )
 
 
 def _load_widths(ptx: str) -> dict[str, int]:

@@ -20,6 +20,8 @@ from tqdm import tqdm
 
 from megaspeech.kernels.benchmarks.hopper import compile_for_hopper
 from megaspeech.kernels.benchmarks.shapes import MODELS, NUM_FRAMES, ModelShape
+from megaspeech.kernels.codebook_cross_entropy import function as codebook_cross_entropy
+from megaspeech.kernels.depth_attention import function as depth_attention
 from megaspeech.kernels.launching import triton
 from megaspeech.kernels.stream_embedding import function as stream_embedding
 
@@ -52,11 +54,28 @@ def _packed_embedding(model: ModelShape, num_frames: int) -> None:
     stream_embedding.launch_backward(lookup, grad, table.float(), batch_first=True, add=True, atomic=False)
 
 
-INDEX_ONLY = {"rows_kernel"}
+def _depth_attention(model: ModelShape, num_frames: int) -> None:
+    heads, width = model.depth_heads, model.depth_hidden_size // model.depth_heads
+    qkv = _empty(model.num_codebooks, num_frames, 3 * heads, width)
+    out = depth_attention.launch_forward(qkv, heads)
+    depth_attention.launch_backward(out, qkv, heads)
+
+
+def _codebook_cross_entropy(model: ModelShape, num_frames: int) -> None:
+    hidden = _empty(model.num_codebooks, num_frames, model.depth_hidden_size)
+    heads = _empty(model.num_codebooks, model.depth_hidden_size, model.cardinality)
+    targets = _empty(model.num_codebooks, num_frames, dtype=torch.int64)
+    losses, _, *saved = codebook_cross_entropy.launch_forward(hidden, heads, targets)
+    codebook_cross_entropy.launch_backward(losses, hidden, heads, targets, *saved)
+
+
+NARROW = {"rows_kernel", "combine_tiles"}
 """Kernels that read no large tensor, and so need no wide loads."""
 OPERATIONS: dict[str, Callable[[ModelShape, int], None]] = {
     "stream_embedding": _stream_embedding,
     "packed_embedding": _packed_embedding,
+    "depth_attention": _depth_attention,
+    "codebook_cross_entropy": _codebook_cross_entropy,
 }
 """Launches forward and backward on meta tensors of a model's shape and so many frames."""
 
@@ -80,7 +99,7 @@ def faults(rows: list[dict[str, Any]], *, committed: list[dict[str, Any]]) -> It
     for row in rows:
         if row["spilled_bytes"]:
             yield f"{row['operation']}, {row['kernel']}: spills {row['spilled_bytes']} bytes"
-        if "128" not in row["loads"] and row["kernel"] not in INDEX_ONLY:
+        if "128" not in row["loads"] and row["kernel"] not in NARROW:
             yield f"{row['operation']}, {row['kernel']}: no loads of 128 bits, only {row['loads']}"
         if row not in committed:
             yield f"{row['operation']}, {row['kernel']}: not in the committed table: {json.dumps(row)}"
@@ -91,14 +110,27 @@ def faults(rows: list[dict[str, Any]], *, committed: list[dict[str, Any]]) -> It
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table for people."""
-    head = ["kernel", "models", "constants", "registers", "spilled bytes", "shared bytes", "global loads, by bits"]
+    head = [
+        "kernel",
+        "models",
+        "constants",
+        "registers",
+        "spilled bytes",
+        "shared bytes",
+        "global loads, by bits",
+        "products",
+    ]
     lines = []
     for operation in OPERATIONS:
         lines += ["", f"## {operation}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for row in (row for row in rows if row["operation"] == operation):
             loads = ", ".join(f"{count} x {bits}" for bits, count in row["loads"].items())
-            constants = ", ".join(f"{name} {value}" for name, value in row["constants"].items())
-            figures = (row["registers"], row["spilled_bytes"], f"{row['shared_bytes']:,}", loads)
+            products = ", ".join(f"{count} x {kind}" for kind, count in row["products"].items())
+            constants = ", ".join(
+                f"{name} {value if isinstance(value, bool) else format(value, '.4g')}"
+                for name, value in row["constants"].items()
+            )
+            figures = (row["registers"], row["spilled_bytes"], f"{row['shared_bytes']:,}", loads, products)
             cells = (row["kernel"], ", ".join(row["models"]), constants, *figures)
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
