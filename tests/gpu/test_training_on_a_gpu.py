@@ -31,6 +31,7 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     "name, overrides, tolerance",
     [
         ("local", (), 1e-3),
+        ("triton", ("model.kernels=triton",), 1e-3),
         ("transformer-engine", ("model.transformer_impl=transformer_engine",), 1e-3),
         ("bf16", ("model.transformer_impl=transformer_engine", "training.params_dtype=bf16"), 5e-2),
     ],
