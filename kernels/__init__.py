@@ -9,11 +9,7 @@ returns this rank's part.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
 from types import ModuleType
-
-IMPLEMENTATIONS = {"reference": "reference", "triton": "function"}
-"""Module of each kernel's folder that holds an implementation."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +27,24 @@ def load_kernels(name: str) -> Kernels:
     Raises:
         ValueError: "triton" where Triton is not installed, or cannot run.
     """
-    module = IMPLEMENTATIONS[name]
-    if name == "triton":
-        import_module("megaspeech.kernels.launching").require_device()
-    return Kernels(
-        **{each: import_module(f"megaspeech.kernels.{each}.{module}") for each in Kernels.__dataclass_fields__}
-    )
+    return {"reference": _reference, "triton": _triton}[name]()
+
+
+def _reference() -> Kernels:
+    from megaspeech.kernels.codebook_cross_entropy import reference as codebook_cross_entropy
+    from megaspeech.kernels.depth_attention import reference as depth_attention
+    from megaspeech.kernels.stream_embedding import reference as stream_embedding
+
+    return Kernels(stream_embedding, depth_attention, codebook_cross_entropy)
+
+
+def _triton() -> Kernels:
+    """Imported on demand, because Triton is optional."""
+    from megaspeech.kernels.launching import require_device
+
+    require_device()
+    from megaspeech.kernels.codebook_cross_entropy import function as codebook_cross_entropy
+    from megaspeech.kernels.depth_attention import function as depth_attention
+    from megaspeech.kernels.stream_embedding import function as stream_embedding
+
+    return Kernels(stream_embedding, depth_attention, codebook_cross_entropy)

@@ -85,6 +85,7 @@ def assert_exact(case: Case, **options) -> None:
         {"batch": 3, "num_streams": 33, "num_frames": 2, "width": 40},
         {"batch": 2, "num_streams": 8, "num_frames": 5, "width": 520},
         {"batch": 1, "num_streams": 3, "num_frames": 4, "width": 1025},
+        {"batch": 1, "num_streams": 2, "num_frames": 2, "width": 8192},
     ],
 )
 def test_values_and_gradients(sizes: dict[str, int], atomic: bool, dtype: torch.dtype) -> None:
