@@ -118,7 +118,7 @@ def _print_contents(console: Console, contents: Contents, *, name: str) -> None:
         "written": contents.written,
         "layout": contents.layout,
         "model": f"{config.model.preset}: {sum(contents.parameters.values()):,} parameters ({parts})",
-        "precision": config.training.params_dtype,
+        "precision": config.precision.recipe,
         "streams": f"text ({manifest.cardinalities[0]} tokens), {manifest.num_codebooks} predicted and {given} given "
         f"codebooks ({config.streams.cardinality} codes), delays {manifest.delays}, {manifest.frame_rate:g} frames/s",
         "codec": f"{manifest.codec}, fingerprint {manifest.codec_fingerprint}",

@@ -90,11 +90,11 @@ def check_origin(path: str | Path, *, config: Config, manifest: StreamManifest, 
     remedy = "train on shards that were prepared with the checkpoint's codec and tokenizer, or from another directory"
     _refuse(path, list(_differences(theirs, mine)), remedy=remedy)
     if going_on:
-        key, saved = "training.params_dtype", read_config(Path(path) / CONFIG).training
+        key, saved = "precision of parameters (precision.recipe)", read_config(Path(path) / CONFIG).precision
         remedy = "go on in its precision, or start from it as checkpoint.seed_checkpoint in another run.directory"
         _refuse(
             path,
-            list(_differences({key: saved.params_dtype}, {key: config.training.params_dtype})),
+            list(_differences({key: saved.params_dtype}, {key: config.precision.params_dtype})),
             remedy=remedy,
         )
 

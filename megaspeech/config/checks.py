@@ -19,7 +19,7 @@ def cross_section_faults(sections: Mapping[str, Any], *, world_size: int | None 
         world_size: number of ranks, or None when the config is read outside a launch.
     """
     faults: list[str] = []
-    for check in (_kernels, _profile, _layout, _heads, _layers, _experts, _vocabulary, _batch, _streams):
+    for check in (_kernels, _profile, _precision, _layout, _heads, _layers, _experts, _vocabulary, _batch, _streams):
         try:
             faults.extend(check(sections, world_size))
         except KeyError:  # a section this check reads has faults of its own, reported already
@@ -40,6 +40,24 @@ def _profile(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
             f"logging.profile_step_end: {last} does not follow profile_step_start = {first}; profile from step 1 or "
             f"later to the same step or a later one"
         )
+
+
+def _precision(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
+    precision, stages = sections["precision"], sections["parallel"].pipeline_model_parallel_size
+    if precision.fp8_recipe is None:
+        return
+    if sections["model"].transformer_impl != "transformer_engine":
+        yield (
+            f'precision.recipe: "{precision.recipe}" is TransformerEngine\'s; set model.transformer_impl = '
+            '"transformer_engine", or use "bf16"'
+        )
+    for end in ("start", "end"):
+        key = f"num_layers_at_{end}_in_bf16"
+        count, most = getattr(precision, key), sections["temporal"].num_layers // stages
+        if count and precision.fp8_recipe == "delayed":
+            yield f'precision.{key}: {count}, but "fp8-delayed" takes every layer; set it to 0, or use "fp8-tensorwise"'
+        elif count > most:
+            yield f"precision.{key}: {count} is more than the {most} layers of a pipeline stage; lower it"
 
 
 def _layout(sections: Mapping[str, Any], world_size: int | None) -> Iterator[str]:

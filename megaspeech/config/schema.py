@@ -126,8 +126,8 @@ class DataSection(Section):
     num_frames: Positive = 64
     """Longest sample that is trained on. A microbatch is as long as its longest sample."""
     length_multiple: Positive = 16
-    """Lengths of microbatches are rounded up to it, and to what the layout splits frames by: FP8 matrix products want
-    16 frames on every rank."""
+    """Lengths of microbatches are rounded up to it, to what the layout splits frames by, and to what FP8 products
+    take on every rank."""
     task_delay: Natural = 3
     """Frames from the end of a heard word to its text."""
     speech_lead: Natural = 1
@@ -227,7 +227,6 @@ class TrainingSection(Section):
     It lets a run change its layout half way."""
     micro_batch_size: Positive = 8
     global_batch_size: Positive = 32
-    params_dtype: Literal["fp32", "bf16"] = "fp32"
     eval_interval: Natural = 200
     max_skipped_steps: Positive = 5
     """Steps in a row that may be skipped, for a gradient that is not finite or a spike, before the run stops."""
@@ -235,6 +234,41 @@ class TrainingSection(Section):
     """A gradient norm of more than so many times the median of the last ones is a spike; 0 looks for none."""
     hang_timeout: float = Field(600.0, gt=0)
     """Seconds without a step, a validation or a checkpoint after which the run is taken to hang."""
+
+
+class PrecisionSection(Section):
+    """In which numbers the model is kept and multiplied.
+
+    "bf16" has BF16 parameters, FP32 main gradients and master weights. The FP8 recipes are TransformerEngine's, and on
+    top of that multiply the temporal transformer's matrices in FP8: "fp8-delayed" scales by the largest values of
+    past steps, "fp8-tensorwise" by the present ones, "fp8-blockwise" each block of 128 by its own, "mxfp8" each 32
+    (Blackwell). The depth transformer, whose products are small, stays in BF16, and so does attention.
+    """
+
+    recipe: Literal["fp32", "bf16", "fp8-delayed", "fp8-tensorwise", "fp8-blockwise", "mxfp8"] = "fp32"
+    fp8_margin: Natural = 0
+    """Bits of headroom in the scale of "fp8-delayed"."""
+    fp8_amax_history_len: Positive = 1024
+    """Steps whose largest values "fp8-delayed" looks back at."""
+    fp8_amax_compute_algo: Literal["max", "most_recent"] = "max"
+    num_layers_at_start_in_bf16: Natural = 0
+    """Layers that stay in BF16, the most sensitive ones; not with "fp8-delayed"."""
+    num_layers_at_end_in_bf16: Natural = 0
+
+    @property
+    def params_dtype(self) -> Literal["fp32", "bf16"]:
+        """In which parameters are kept."""
+        return "fp32" if self.recipe == "fp32" else "bf16"
+
+    @property
+    def fp8_recipe(self) -> str | None:
+        """megatron-core's name of the recipe; None without FP8."""
+        return None if self.recipe in ("fp32", "bf16") else self.recipe.removeprefix("fp8-")
+
+    @property
+    def frame_multiple(self) -> int:
+        """Frames on a rank must be a multiple of it: FP8 products take 16 numbers at a time, or a block."""
+        return {None: 1, "delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}[self.fp8_recipe]
 
 
 class CheckpointSection(Section):
@@ -280,6 +314,7 @@ class Config(Section):
     parallel: ParallelSection
     optimizer: OptimizerSection
     training: TrainingSection
+    precision: PrecisionSection
     checkpoint: CheckpointSection
     logging: LoggingSection
 

@@ -225,15 +225,17 @@ def collate_step(groups: list[list[dict[str, Any]]], *, config: Config) -> list[
 
 
 def frame_multiple(config: Config) -> int:
-    """The least multiple of `data.length_multiple` that the layout can split frames by.
+    """The least multiple of `data.length_multiple` that the layout can split frames by, and the recipe multiply.
 
     Context parallelism cuts a sequence into two chunks a rank, an early and a late one (megatron-core's
     `get_batch_on_this_cp_rank`), and sequence parallelism each rank's part into one for every tensor parallel rank.
+    FP8 wants whole blocks of frames on every rank.
     """
-    parallel = config.parallel
-    context = 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
+    parallel, context = config.parallel, config.parallel.context_parallel_size
     tensor = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    return math.lcm(config.data.length_multiple, context * tensor)
+    chunks = 2 * context if context > 1 else 1
+    on_a_rank = context * tensor * config.precision.frame_multiple
+    return math.lcm(config.data.length_multiple, chunks * tensor, on_a_rank)
 
 
 def collate(items: list[dict[str, Any]], *, length: int, config: Config) -> Batch:

@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megaspeech.config import Config
-from megaspeech.config.schema import ParallelSection
+from megaspeech.config.schema import ParallelSection, PrecisionSection
 from megaspeech.model.attention import CoreAttention
 from megaspeech.model.frames import on_context_rank
 from megaspeech.model.norm import RMSNorm
@@ -37,7 +37,7 @@ def transformer_config(config: Config) -> TransformerConfig:
     write to the residual are scaled down by sqrt(2 * layers) (GPT-2; Radford et al. 2019).
     """
     shape, parallel = config.temporal, config.parallel
-    dtype = DTYPES[config.training.params_dtype]
+    dtype = DTYPES[config.precision.params_dtype]
     std = shape.hidden_size**-0.5
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -68,9 +68,31 @@ def transformer_config(config: Config) -> TransformerConfig:
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
+        **_fp8(config.precision),
         **_layout(parallel),
         **(_experts(config) if shape.num_moe_experts else {}),
     )
+
+
+def _fp8(precision: PrecisionSection) -> dict[str, Any]:
+    """The fields of an FP8 recipe.
+
+    Delayed and tensorwise scaling have gradients in E5M2, whose range is wide; a block's own scale makes E4M3 do for
+    all (the defaults of TransformerEngine's recipes).
+    """
+    if precision.fp8_recipe is None:
+        return {}
+    start, end = precision.num_layers_at_start_in_bf16, precision.num_layers_at_end_in_bf16
+    return {
+        "fp8": "hybrid" if precision.fp8_recipe in ("delayed", "tensorwise") else "e4m3",
+        "fp8_recipe": precision.fp8_recipe,
+        "fp8_margin": precision.fp8_margin,
+        "fp8_amax_history_len": precision.fp8_amax_history_len,
+        "fp8_amax_compute_algo": precision.fp8_amax_compute_algo,
+        "first_last_layers_bf16": bool(start or end),
+        "num_layers_at_start_in_bf16": start,
+        "num_layers_at_end_in_bf16": end,
+    }
 
 
 def _layout(parallel: ParallelSection) -> dict[str, Any]:

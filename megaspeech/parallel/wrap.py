@@ -102,7 +102,7 @@ def _fuse(optimizer: MegatronOptimizer) -> None:
 def _optimizer_config(config: Config) -> OptimizerConfig:
     section, parallel = config.optimizer, config.parallel
     # torch's FSDP keeps FP32 shards and computes in what is gathered from them: it has no other main parameters.
-    bf16 = config.training.params_dtype == "bf16" and parallel.data_parallel != "fsdp2"
+    bf16 = config.precision.params_dtype == "bf16" and parallel.data_parallel != "fsdp2"
     distributed = {"ddp": parallel.use_distributed_optimizer, "fsdp2": False, "megatron_fsdp": True}
     return OptimizerConfig(
         optimizer="adam",

@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -37,13 +38,14 @@ SHORT = {
     "data": "parallel.data_parallel",
     "recompute": "parallel.recompute_granularity",
     "micro": "training.micro_batch_size",
-    "dtype": "training.params_dtype",
+    "recipe": "precision.recipe",
     "kernels": "model.kernels",
 }
 """Short names of the keys that a layout is written with; any other `section.field` may stand beside them."""
-BANDS = {"fp32": 1e-5, "bf16": 2e-2}
-"""Largest relative difference of a loss or gradient norm, by `training.params_dtype`. Sums in another order differ by
-rounding: 2^-24 in FP32, and in BF16, whose weights and activations have 8 bits, by 2^-8 at a time."""
+BANDS = {"fp32": 1e-5, "bf16": 2e-2, "fp8": 5e-2}
+"""Largest relative difference of a loss or gradient norm from one rank's in the same recipe, by kind of recipe. Sums in
+another order differ by rounding: 2^-24 in FP32, and in BF16, whose weights and activations have 8 bits, by 2^-8 at a
+time; in FP8 (a band not measured yet) by 2^-4."""
 
 COMPUTATION = ("parallel.", "training.micro_batch_size", "model.kernels", "model.embedding_gradient")
 """Keys that leave the model and its losses as they are."""
@@ -110,6 +112,11 @@ class Plan:
     def model(self) -> str:
         """What it asks for besides a layout and kernels, written as one: the reference, on one rank, has it too."""
         return ",".join(one for one in self.layouts[0].overrides if not one.startswith(COMPUTATION))
+
+    @property
+    def kind(self) -> str:
+        """Kind of its recipe, a key of `BANDS`."""
+        return next((kind for kind in ("fp8", "bf16") if re.search(f"precision.recipe=\\w*{kind}", self.model)), "fp32")
 
 
 @dataclass(frozen=True)
@@ -223,7 +230,7 @@ def _configs(job: Job, *, config_path: Path) -> Iterator[Config]:
 def compare(job: Job) -> Verdict:
     """Hold a job's run against its reference."""
     plan, directory = job.plan, job.directory
-    band = BANDS["bf16" if "params_dtype=bf16" in plan.model else "fp32"]
+    band = BANDS[plan.kind]
     verdict = Verdict(plan.name, plan.ranks, 0.0, 0.0, band, 0.0)
     if (directory / FAULT).is_file():
         return replace(verdict, fault=(directory / FAULT).read_text(encoding="utf-8"))

@@ -22,7 +22,7 @@ LAYOUTS = [
     f"{SMALL},tp=2,sp=1",
     f"{SMALL},cp=2",
     f"{SMALL},dp=2,micro=1,data=fsdp2,model.embedding_gradient=atomic",
-    f"{SMALL},dtype=bf16",
+    f"{SMALL},recipe=bf16",
 ]
 TIMEOUT = 3000  # seconds, for all of them
 

@@ -75,15 +75,15 @@ OTHERS = [
     "model.preset=tiny-moe,pp=2,dp=2,ep=2,recompute=full",
     "model.preset=tiny-moe,dp=2,data=fsdp2",
     # BF16 parameters, FP32 main gradients
-    "dtype=bf16,tp=2,sp=1",
-    "dtype=bf16,pp=2,vp=2",
-    "dtype=bf16,cp=2",
-    "dtype=bf16,dp=2",
-    "dtype=bf16,dp=2,zero=0",
-    "dtype=bf16,dp=2,data=fsdp2",
-    "dtype=bf16,tp=2,pp=2,sp=1",
-    "dtype=bf16,tp=2,dp=2,data=fsdp2",
-    "dtype=bf16,tp=2,dp=2 > dtype=bf16,dp=4,data=fsdp2 > dtype=bf16,dp=4,zero=0",
+    "recipe=bf16,tp=2,sp=1",
+    "recipe=bf16,pp=2,vp=2",
+    "recipe=bf16,cp=2",
+    "recipe=bf16,dp=2",
+    "recipe=bf16,dp=2,zero=0",
+    "recipe=bf16,dp=2,data=fsdp2",
+    "recipe=bf16,tp=2,pp=2,sp=1",
+    "recipe=bf16,tp=2,dp=2,data=fsdp2",
+    "recipe=bf16,tp=2,dp=2 > recipe=bf16,dp=4,data=fsdp2 > recipe=bf16,dp=4,zero=0",
 ]
 # One run that goes on from its checkpoint, optimizer and all, on another layout: 20 steps before, and 20 after.
 RESHARDED = [

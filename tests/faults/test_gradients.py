@@ -136,7 +136,7 @@ def test_skipping_leaves_weights_and_moments(arguments: Callable, host: None, dt
     from megaspeech.training.trainer import Trainer
 
     path, *overrides = arguments(f"moments-{dtype}-{distributed}")
-    chosen = [f"training.params_dtype={dtype}", f"parallel.use_distributed_optimizer={str(distributed).lower()}"]
+    chosen = [f"precision.recipe={dtype}", f"parallel.use_distributed_optimizer={str(distributed).lower()}"]
     config = read_config(path, [*overrides, *chosen])
     grid = groups.initialise(config.parallel, seed=1)
     watchdog = Watchdog(directory=config.run.directory, timeout=600)

@@ -33,7 +33,7 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         ("local", (), 1e-3),
         ("triton", ("model.kernels=triton",), 1e-3),
         ("transformer-engine", ("model.transformer_impl=transformer_engine",), 1e-3),
-        ("bf16", ("model.transformer_impl=transformer_engine", "training.params_dtype=bf16"), 5e-2),
+        ("bf16", ("model.transformer_impl=transformer_engine", "precision.recipe=bf16"), 5e-2),
     ],
 )
 def test_losses_equal_a_cpu_ranks(

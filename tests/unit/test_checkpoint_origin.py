@@ -56,9 +56,9 @@ def test_another_model_or_stream_layout_is_refused(
 
 
 def test_another_precision_may_start_from_the_weights_but_not_go_on(two: CheckpointStore, tmp_path: Path) -> None:
-    other, path = make_store(tmp_path, "training.params_dtype=bf16"), two.directory / "step_00000002"
+    other, path = make_store(tmp_path, "precision.recipe=bf16"), two.directory / "step_00000002"
     other.check(path, going_on=False)
-    with pytest.raises(ValueError, match="training.params_dtype is fp32 there and bf16 in this run; go on in its"):
+    with pytest.raises(ValueError, match=r"\(precision.recipe\) is fp32 there and bf16 in this run; go on in its"):
         other.check(path, going_on=True)
 
 

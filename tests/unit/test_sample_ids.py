@@ -108,6 +108,9 @@ def test_epochs_are_whole_and_the_mixture_is_kept(home: Path) -> None:
         assert abs(sum(times) - share * drawn.total()) <= 1
 
 
+FP8 = ["model.transformer_impl=transformer_engine"]
+
+
 @pytest.mark.parametrize(
     "overrides, multiple",
     [
@@ -118,6 +121,16 @@ def test_epochs_are_whole_and_the_mixture_is_kept(home: Path) -> None:
         (["data.length_multiple=1", "context=2"], 4),
         (["data.length_multiple=16", "context=2"], 16),
         (["data.length_multiple=3", "context=2", "tensor=2", "parallel.sequence_parallel=true"], 24),
+        (["data.length_multiple=1", "precision.recipe=bf16"], 1),
+        (["data.length_multiple=1", *FP8, "precision.recipe=fp8-delayed"], 16),
+        (["data.length_multiple=24", *FP8, "precision.recipe=mxfp8"], 96),
+        (["data.length_multiple=1", *FP8, "precision.recipe=fp8-tensorwise", "context=2"], 32),
+        (["data.length_multiple=1", *FP8, "precision.recipe=fp8-tensorwise", "tensor=2"], 16),
+        (
+            ["data.length_multiple=1", *FP8, "precision.recipe=fp8-blockwise"]
+            + ["context=2", "tensor=2", "parallel.sequence_parallel=true"],
+            512,
+        ),
     ],
 )
 def test_lengths_are_what_the_layout_splits(home: Path, overrides: list[str], multiple: int) -> None:
