@@ -72,6 +72,11 @@ def _layout(sections: Mapping[str, Any], world_size: int | None) -> Iterator[str
         )
     if parallel.data_parallel == "megatron_fsdp" and pp > 1:
         yield 'parallel.data_parallel: "megatron_fsdp" knows no pipeline; set its size to 1, or use "fsdp2"'
+    if parallel.data_parallel != "ddp" and parallel.overlap_grad_reduce:
+        yield (
+            'parallel.overlap_grad_reduce: is for data_parallel = "ddp"; set it false, for '
+            f'"{parallel.data_parallel}" overlaps by itself'
+        )
     if parallel.sequence_parallel and tp == 1:
         yield "parallel.sequence_parallel: true needs tensor_model_parallel_size of 2 or more; set it false"
 

@@ -171,6 +171,8 @@ class ParallelSection(Section):
     """Whole replicas, or torch's or Megatron's fully sharded data parallelism."""
     use_distributed_optimizer: bool = True
     """Optimizer state sharded over the data parallel ranks of "ddp"; both kinds of FSDP shard it in any case."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over the data parallel ranks of "ddp" while the backward pass goes on, bucket by bucket."""
     recompute_granularity: Literal["selective", "full"] | None = None
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: Positive | None = None

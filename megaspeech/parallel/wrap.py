@@ -61,6 +61,9 @@ def wrap(
     for model in models:
         model.config.finalize_model_grads_func = finalise_gradients
         model.config.grad_scale_func = optimizer.scale_loss
+        if config.parallel.overlap_grad_reduce:  # only the last microbatch's gradients are to be reduced
+            each = [chunk.no_sync for chunk in chunks]
+            model.config.no_sync_func = each if len(chunks) > 1 else each[0]
     return Wrapped(models, chunks, optimizer, _scheduler(config, optimizer))
 
 
@@ -69,7 +72,10 @@ def _ddp(model: MegatronModule, config: Config, index: int) -> torch.nn.Module:
     if torch.cuda.is_available():
         inner.cuda(torch.cuda.current_device())
     distributed = config.parallel.use_distributed_optimizer
-    options = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed)
+    overlap = config.parallel.overlap_grad_reduce
+    options = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=distributed, overlap_grad_reduce=overlap
+    )
     # Gradients of a chunk that is not the last one of the backward pass are reduced in one piece, as megatron does.
     return DistributedDataParallel(model.config, options, inner, disable_bucketing=index > 0)
 

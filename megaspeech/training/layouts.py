@@ -36,6 +36,7 @@ SHORT = {
     "etp": "parallel.expert_tensor_parallel_size",
     "zero": "parallel.use_distributed_optimizer",
     "data": "parallel.data_parallel",
+    "overlap": "parallel.overlap_grad_reduce",
     "recompute": "parallel.recompute_granularity",
     "micro": "training.micro_batch_size",
     "recipe": "precision.recipe",
@@ -80,7 +81,7 @@ class Layout:
                 )
             if name in ("dp", "tp", "pp", "cp"):
                 ranks *= int(value)
-            if name in ("sp", "zero"):
+            if name in ("sp", "zero", "overlap"):
                 value = "true" if value in ("1", "true") else "false"
             if name != "dp":
                 overrides.append(f"{SHORT.get(name, name)}={value}")

@@ -53,6 +53,10 @@ OTHERS = [
     "tp=4,data.length_multiple=1,pp=1",
     "tp=2,sp=1,data.length_multiple=1",
     "tp=2,cp=2,sp=1,data.length_multiple=1",
+    # gradients reduced during the backward pass of the last microbatch
+    "dp=2,overlap=1,micro=1",
+    "dp=2,overlap=1,zero=0,micro=1",
+    "pp=2,vp=2,dp=2,overlap=1,micro=1",
     # recomputation
     "recompute=selective",
     "tp=2,sp=1,recompute=selective,parallel.recompute_modules=['layernorm']",

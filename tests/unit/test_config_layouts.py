@@ -58,6 +58,11 @@ PIPELINE = "parallel.pipeline_model_parallel_size=2"
             "pipeline_model_parallel_layout says it already",
         ),
         (["parallel.expert_model_parallel_size=2"], "the model has no experts"),
+        (["parallel.overlap_grad_reduce=true"], None),
+        (
+            ["parallel.overlap_grad_reduce=true", "parallel.data_parallel=fsdp2"],
+            'parallel.overlap_grad_reduce: is for data_parallel = "ddp"',
+        ),
         (["model.preset=tiny-moe", "parallel.expert_model_parallel_size=2"], None),
         (["model.preset=tiny-moe", "parallel.expert_model_parallel_size=3"], "num_moe_experts: 4 is not divisible"),
         (
