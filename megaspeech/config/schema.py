@@ -234,6 +234,8 @@ class TrainingSection(Section):
     """Steps in a row that may be skipped, for a gradient that is not finite or a spike, before the run stops."""
     spike_factor: float = Field(0.0, ge=0)
     """A gradient norm of more than so many times the median of the last ones is a spike; 0 looks for none."""
+    manual_gc_interval: Natural = 0
+    """Steps between Python's garbage collections, the same on all ranks; 0 lets each rank collect when it likes."""
     hang_timeout: float = Field(600.0, gt=0)
     """Seconds without a step, a validation or a checkpoint after which the run is taken to hang."""
 

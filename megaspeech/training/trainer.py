@@ -33,6 +33,7 @@ from megaspeech.parallel.watchdog import Watchdog
 from megaspeech.parallel.wrap import wrap
 from megaspeech.training.checkpointing import Checkpointing
 from megaspeech.training.forward_step import make_forward_step
+from megaspeech.training.garbage import collected_at_steps
 from megaspeech.training.guarded_step import GuardedStep
 from megaspeech.training.journal import Journal
 from megaspeech.training.metrics import StreamMetrics, reduce_metrics
@@ -103,23 +104,25 @@ class Trainer:
         last = min(training.exit_step or training.train_steps, training.train_steps)
         self.signals.hold()
         stopping, batches = self._is_asked_to_stop(), self._load_ahead(last)
-        while self.step < last and not stopping:
-            self.watchdog.progress(f"step {self.step + 1}")
-            started, learning_rate = time.perf_counter(), self.wrapped.optimizer.param_groups[0]["lr"]
-            with self.profiler.step(self.step + 1):
-                metrics, grad_norm = self.train_step(next(batches))
-            self.step += 1
-            if metrics is not None:
-                self.journal.step(
-                    self.step,
-                    metrics,
-                    grad_norm=grad_norm,
-                    learning_rate=learning_rate,
-                    seconds=time.perf_counter() - started,
-                )
-            stopping = self.guarded.is_asked_to_stop
-            if not stopping or self.step == last:
-                stopping = self._between_steps(is_last=self.step == last)
+        with collected_at_steps(training.manual_gc_interval) as collect_garbage:
+            while self.step < last and not stopping:
+                self.watchdog.progress(f"step {self.step + 1}")
+                started, learning_rate = time.perf_counter(), self.wrapped.optimizer.param_groups[0]["lr"]
+                with self.profiler.step(self.step + 1):
+                    metrics, grad_norm = self.train_step(next(batches))
+                self.step += 1
+                collect_garbage(self.step)
+                if metrics is not None:
+                    self.journal.step(
+                        self.step,
+                        metrics,
+                        grad_norm=grad_norm,
+                        learning_rate=learning_rate,
+                        seconds=time.perf_counter() - started,
+                    )
+                stopping = self.guarded.is_asked_to_stop
+                if not stopping or self.step == last:
+                    stopping = self._between_steps(is_last=self.step == last)
         if self.step < last:  # a validation that was due is left out: the checkpoint cannot wait
             self.checkpointing.save_to_stop(self.step)
         self.journal.close()
