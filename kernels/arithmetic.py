@@ -1,6 +1,7 @@
 """Matrix products and rounding inside kernels, the same on a GPU and in Triton's interpreter.
 
-The interpreter (3.9) multiplies the bit patterns of BF16 numbers and cuts FP32 off where a GPU rounds it to BF16.
+The interpreter (of Triton 3.7 to 3.9) multiplies the bit patterns of BF16 numbers, and cuts FP32 off where a GPU rounds
+it to BF16.
 """
 
 from __future__ import annotations

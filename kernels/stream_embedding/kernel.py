@@ -198,7 +198,7 @@ def chunk_kernel(
     total = tl.zeros((BLOCK_H,), tl.float32)
     for first in range(start, end, BLOCK_E):
         entry = first + tl.arange(0, BLOCK_E)
-        token = (tl.load(order + entry, mask=entry < end, other=0) // NUM_STREAMS).to(tl.int32)
+        token = tl.load(order + entry, mask=entry < end, other=0).to(tl.int32) // NUM_STREAMS
         mask = (entry < end)[:, None] & (column < width)[None, :]
         total += tl.sum(token_gradients(grad, token, column, mask, batch, grad_stride_t, grad_stride_b), 0)
     continues = tl.load(sorted_rows + start - 1, mask=start > 0, other=-1) == row
