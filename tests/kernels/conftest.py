@@ -1,11 +1,8 @@
-"""Kernels run in Triton's interpreter here, and memory that nobody wrote holds NaN."""
+"""Memory that nobody wrote holds NaN; kernels run in Triton's interpreter (see `tests/conftest.py`)."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-
-os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
 import pytest
 import torch
