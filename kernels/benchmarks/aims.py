@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from megaspeech.kernels.benchmarks.providers import COMPILED, EAGER
 from megaspeech.kernels.benchmarks.rows import Measurements, Row, by_case, speedup_over
@@ -40,10 +39,6 @@ class Judged:
     worst_case: str | None
     cases: int
     all_cases: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 def _share(direction: str) -> Callable[[Measurements], float | None]:

@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def compiled_rows() -> Iterator[dict[str, Any]]:
         for model in MODELS:
             for num_frames in NUM_FRAMES:
                 for code in compile_for_hopper(lambda: launches(model, num_frames)):  # noqa: B023, called at once
-                    found = {"operation": operation, **code.as_dict()}
+                    found = {"operation": operation, **asdict(code)}
                     row = rows.setdefault(json.dumps(found), {**found, "models": []})
                     if model.name not in row["models"]:
                         row["models"].append(model.name)

@@ -41,7 +41,7 @@ def write(report: Report, directory: Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     slug = re.sub(r"[^a-z0-9]+", "_", report.machine["device"].lower()).strip("_")
     path = directory / f"kernels_{slug}.json"
-    aims = [judged.as_dict() for judged in judge(report.rows)]
+    aims = [asdict(judged) for judged in judge(report.rows)]
     kept = {
         "machine": report.machine,
         "floors": report.floors,

@@ -87,7 +87,6 @@ def launch_backward(
     targets_QN: Tensor,
     maxima_QN: Tensor,
     sums_QN: Tensor,
-    *,
     of_hidden: bool = True,
     of_heads: bool = True,
 ) -> tuple[Tensor, Tensor]:
@@ -152,9 +151,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.baddbmm_(a.float(), b.float())
 
 
-@torch.library.custom_op("megaspeech::codebook_cross_entropy", mutates_args=())
-def _forward(hidden_QND: Tensor, heads_QDV: Tensor, targets_QN: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return launch_forward(hidden_QND, heads_QDV, targets_QN)
+_forward = torch.library.custom_op("megaspeech::codebook_cross_entropy", launch_forward, mutates_args=())
+_backward = torch.library.custom_op("megaspeech::codebook_cross_entropy_backward", launch_backward, mutates_args=())
 
 
 @_forward.register_fake
@@ -163,33 +161,9 @@ def _fake_forward(hidden_QND: Tensor, heads_QDV: Tensor, targets_QN: Tensor) -> 
     return tuple(targets_QN.new_empty(targets_QN.shape, dtype=dtype) for dtype in precisions)
 
 
-@torch.library.custom_op("megaspeech::codebook_cross_entropy_backward", mutates_args=())
-def _backward(
-    loss_gradients_QN: Tensor,
-    hidden_QND: Tensor,
-    heads_QDV: Tensor,
-    targets_QN: Tensor,
-    maxima_QN: Tensor,
-    sums_QN: Tensor,
-    of_hidden: bool,
-    of_heads: bool,
-) -> tuple[Tensor, Tensor]:
-    given = loss_gradients_QN, hidden_QND, heads_QDV, targets_QN, maxima_QN, sums_QN
-    return launch_backward(*given, of_hidden=of_hidden, of_heads=of_heads)
-
-
 @_backward.register_fake
-def _fake_backward(
-    loss_gradients_QN: Tensor,
-    hidden_QND: Tensor,
-    heads_QDV: Tensor,
-    targets_QN: Tensor,
-    maxima_QN: Tensor,
-    sums_QN: Tensor,
-    of_hidden: bool,
-    of_heads: bool,
-) -> tuple[Tensor, Tensor]:
-    return _empty_gradients(hidden_QND, heads_QDV, of_hidden=of_hidden, of_heads=of_heads)
+def _fake_backward(gradients, hidden, heads, targets, maxima, sums, of_hidden=True, of_heads=True):
+    return _empty_gradients(hidden, heads, of_hidden=of_hidden, of_heads=of_heads)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:

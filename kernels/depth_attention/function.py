@@ -96,20 +96,14 @@ def _launch(kernel: Any, qkv_QNCE: Tensor, *others: Tensor, num_query_groups: in
     )
 
 
-@torch.library.custom_op("megaspeech::depth_attention", mutates_args=())
-def _forward(qkv_QNCE: Tensor, num_query_groups: int) -> Tensor:
-    return launch_forward(qkv_QNCE, num_query_groups)
+_forward = torch.library.custom_op("megaspeech::depth_attention", launch_forward, mutates_args=())
+_backward = torch.library.custom_op("megaspeech::depth_attention_backward", launch_backward, mutates_args=())
 
 
 @_forward.register_fake
 def _(qkv_QNCE: Tensor, num_query_groups: int) -> Tensor:
     codebooks, frames, heads, width = qkv_QNCE.shape
     return qkv_QNCE.new_empty(codebooks, frames, (heads - 2 * num_query_groups) * width)
-
-
-@torch.library.custom_op("megaspeech::depth_attention_backward", mutates_args=())
-def _backward(grad_QND: Tensor, qkv_QNCE: Tensor, num_query_groups: int) -> Tensor:
-    return launch_backward(grad_QND, qkv_QNCE, num_query_groups)
 
 
 @_backward.register_fake

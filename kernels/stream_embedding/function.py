@@ -58,8 +58,7 @@ class Lookup(NamedTuple):
 def launch_forward(lookup: Lookup, table_RH: Tensor, *, batch_first: bool) -> Tensor:
     """The sum over streams `[t, B, H]`, or `[B, t, H]`."""
     batch, width = lookup.codes_BST.shape[0], table_RH.shape[1]
-    shape = (batch, lookup.num_frames) if batch_first else (lookup.num_frames, batch)
-    out = table_RH.new_empty(*shape, width)
+    out = _empty_output(lookup, table_RH, batch_first=batch_first)
     launch(
         kernel.gather_kernel,
         (lookup.num_tokens, triton.cdiv(width, BLOCK_H)),
@@ -101,6 +100,11 @@ def launch_backward(
     scatter = _scatter_atomically if atomic else _scatter_sorted
     options = {} if atomic else {"add": add}
     scatter(grad, rows, target_RH, lookup=lookup, strides=_token_strides(grad, batch_first=batch_first), **options)
+
+
+def _empty_output(lookup: Lookup, table_RH: Tensor, *, batch_first: bool) -> Tensor:
+    batch, frames = lookup.codes_BST.shape[0], lookup.num_frames
+    return table_RH.new_empty(*((batch, frames) if batch_first else (frames, batch)), table_RH.shape[1])
 
 
 def _token_strides(x: Tensor, *, batch_first: bool) -> tuple[int, int]:
@@ -215,9 +219,7 @@ def _embed(codes, delays, initial, offsets, frames, first_row, table, batch_firs
 
 @_embed.register_fake
 def _(codes, delays, initial, offsets, frames, first_row, table, batch_first, atomic):
-    lookup = Lookup(codes, delays, initial, offsets, frames, first_row)
-    shape = (codes.shape[0], lookup.num_frames) if batch_first else (lookup.num_frames, codes.shape[0])
-    return table.new_empty(*shape, table.shape[1])
+    return _empty_output(Lookup(codes, delays, initial, offsets, frames, first_row), table, batch_first=batch_first)
 
 
 @torch.library.custom_op(
