@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import psutil
@@ -123,3 +123,15 @@ def curve(run: Path) -> list[dict]:
     """The training records of a run, in the order they were written."""
     records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [record for record in records if record["kind"] == "train"]
+
+
+LAYOUT_TOOL = Path(__file__).resolve().parents[1] / "tools" / "check_layouts.py"
+
+
+def check_layouts(
+    layouts: Iterable[str], *options: str, figures: Path, timeout: float, variables: dict[str, str] | None = None
+) -> dict[str, dict]:
+    """What `tools/check_layouts.py` finds, by layout; `figures` is where it may write them."""
+    command = [sys.executable, str(LAYOUT_TOOL), "--layouts", ";".join(layouts), "--json", str(figures), *options]
+    subprocess.run(command, env={**environment(), **(variables or {})}, timeout=timeout)
+    return {verdict["plan"]: verdict for verdict in json.loads(figures.read_text())}

@@ -6,17 +6,11 @@ parallel), no main gradient (FSDP). The interpreter is slow, so steps are of two
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-from launching import environment
+from launching import check_layouts
 
 from megaspeech.training.layouts import Plan
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "check_layouts.py"
 SMALL = "kernels=triton,training.global_batch_size=2,data.length_multiple=8"
 LAYOUTS = [
     f"{SMALL},tp=2,sp=1",
@@ -30,10 +24,8 @@ TIMEOUT = 3000  # seconds, for all of them
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """What the tool found, by layout."""
-    figures = tmp_path_factory.mktemp("kernels") / "figures.json"
-    command = [sys.executable, str(TOOL), "--layouts", ";".join(LAYOUTS), "--frames", "8", "--json", str(figures)]
-    subprocess.run(command, env=environment() | {"TRITON_INTERPRET": "1"}, timeout=TIMEOUT)
-    return {verdict["plan"]: verdict for verdict in json.loads(figures.read_text())}
+    options = {"figures": tmp_path_factory.mktemp("kernels") / "figures.json", "timeout": TIMEOUT}
+    return check_layouts(LAYOUTS, "--frames", "8", variables={"TRITON_INTERPRET": "1"}, **options)
 
 
 @pytest.mark.parametrize("text", LAYOUTS)

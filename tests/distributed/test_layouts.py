@@ -14,11 +14,10 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from launching import environment
+from launching import LAYOUT_TOOL, check_layouts, environment
 
 from megaspeech.training.layouts import BANDS, Plan
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "check_layouts.py"
 TIMEOUT = 3600  # seconds, for all of them; they took 25 minutes on two cores
 
 
@@ -108,10 +107,8 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     found = {}
     for steps in sorted(set(STEPS.values())):
         figures = tmp_path_factory.mktemp("layouts") / "figures.json"
-        layouts = ";".join(text for text, count in STEPS.items() if count == steps)
-        command = [sys.executable, str(TOOL), "--layouts", layouts, "--steps", str(steps), "--json", str(figures)]
-        subprocess.run(command, env=environment(), timeout=TIMEOUT)
-        found |= {verdict["plan"]: verdict for verdict in json.loads(figures.read_text())}
+        layouts = [text for text, count in STEPS.items() if count == steps]
+        found |= check_layouts(layouts, "--steps", str(steps), figures=figures, timeout=TIMEOUT)
     return found
 
 
@@ -128,7 +125,7 @@ def test_inside_a_launch_and_out_of_its_band(tmp_path: Path) -> None:
     """As on a cluster, where the launch is there already; one layout needs more ranks, one changes what is trained."""
     figures = tmp_path / "figures.json"
     layouts = "pp=2; dp=2; tp=4; dp=2,optimizer.lr=1e-3 > dp=2"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(TOOL)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(LAYOUT_TOOL)]
     options = ["--layouts", layouts, "--directory", str(tmp_path / "shared"), "--json", str(figures), "--steps", "10"]
     finished = subprocess.run([*launch, *options], env=environment(), capture_output=True, text=True, timeout=TIMEOUT)
     assert finished.returncode == 1
@@ -141,7 +138,7 @@ def test_inside_a_launch_and_out_of_its_band(tmp_path: Path) -> None:
 
 
 def test_what_is_not_understood() -> None:
-    command = [sys.executable, str(TOOL), "--layouts", "tp=2; speed=9"]
+    command = [sys.executable, str(LAYOUT_TOOL), "--layouts", "tp=2; speed=9"]
     finished = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=TIMEOUT)
     assert finished.returncode == 1 and "Traceback" not in finished.stderr
     assert "layout 'speed=9': 'speed=9' is not understood" in finished.stderr
