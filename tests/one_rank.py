@@ -20,7 +20,7 @@ def make_config(directory: Path, *overrides: str, preset: str = "tiny") -> Confi
 @pytest.fixture(scope="module")
 def one_rank() -> Iterator[None]:
     """Process groups of one rank, taken down again with everything the host replaced."""
-    from megaspeech.config.schema import ParallelSection
+    from megaspeech.config.computation import ParallelSection
     from megaspeech.parallel import groups
 
     groups.initialise(ParallelSection(), seed=1)

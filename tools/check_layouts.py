@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from megaspeech.config.schema import ParallelSection
+from megaspeech.config.computation import ParallelSection
 from megaspeech.parallel import groups
 from megaspeech.parallel.launch import take_variables_from_slurm
 from megaspeech.training.layouts import SHORT, Job, Plan, compare, prepare_jobs, run_jobs

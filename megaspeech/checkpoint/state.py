@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megaspeech.checkpoint.optimizer_state import load_optimizer_state, optimizer_state, with_data
 from megaspeech.checkpoint.store import CONFIG, check_whole, load
 from megaspeech.config import Config, read_config
-from megaspeech.config.schema import ParallelSection
+from megaspeech.config.computation import ParallelSection
 from megaspeech.model.speech_text_model import SpeechTextModel
 from megaspeech.parallel import groups
 from megaspeech.parallel.fsdp2 import FullyShardedChunk

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megaspeech.config.schema import expand_layout
+from megaspeech.config.computation import expand_layout
 
 EMBEDDING_ROWS_MULTIPLE = 128
 """Rows of the stream embedding table are padded to this, whatever the layout, so that every layout saves one shape."""

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from megaspeech.config.checks import cross_section_faults
 from megaspeech.config.presets import PRESETS
-from megaspeech.config.schema import SECTIONS, Config, Section
+from megaspeech.config.schema import SECTIONS, Config
+from megaspeech.config.section import Section
 
 if sys.version_info >= (3, 11):
     import tomllib

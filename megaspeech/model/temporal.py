@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megaspeech.config import Config
-from megaspeech.config.schema import ParallelSection, PrecisionSection
+from megaspeech.config.computation import ParallelSection, PrecisionSection
 from megaspeech.model.attention import CoreAttention
 from megaspeech.model.frames import on_context_rank
 from megaspeech.model.norm import RMSNorm

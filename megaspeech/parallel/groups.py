@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megaspeech.config.schema import ParallelSection
+from megaspeech.config.computation import ParallelSection
 from megaspeech.parallel import host
 from megaspeech.parallel.rendezvous import store_of_this_start
 
