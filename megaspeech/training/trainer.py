@@ -23,6 +23,7 @@ from megaspeech.model.counting import count_flops, count_parameters
 from megaspeech.model.initialisation import initialise_from_codebooks
 from megaspeech.model.speech_text_model import SpeechTextModel
 from megaspeech.model.temporal import transformer_config
+from megaspeech.model.transfer import to_device
 from megaspeech.parallel.agreement import true_on_any_rank
 from megaspeech.parallel.groups import Grid
 from megaspeech.parallel.lifeline import end_with_parent
@@ -187,7 +188,7 @@ class Trainer:
 
     def _run(self, batches: list[Batch], *, forward_only: bool) -> tuple[list[dict[str, Tensor]], Tensor]:
         totals = sum_over_data_parallel(
-            torch.stack([batch.totals() for batch in batches]).sum(0).to(self.wrapped.device)
+            to_device(torch.stack([batch.totals() for batch in batches]).sum(0), self.wrapped.device)
         )
         reports = run_microbatches(
             make_forward_step(
