@@ -47,6 +47,10 @@ class ParallelSection(Section):
     """Optimizer state sharded over the data parallel ranks of "ddp"; both kinds of FSDP shard it in any case."""
     overlap_grad_reduce: bool = False
     """Reduce gradients over the data parallel ranks of "ddp" while the backward pass goes on, bucket by bucket."""
+    overlap_param_gather: bool = False
+    """Gather the weights that the distributed optimizer's ranks have updated while the next forward pass goes on."""
+    grad_reduce_in_fp32: bool = True
+    """Whether "ddp" sums gradients, over microbatches and ranks, in FP32; in BF16 they take half the memory."""
     recompute_granularity: Literal["selective", "full"] | None = None
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: Positive | None = None
@@ -98,6 +102,8 @@ class PrecisionSection(Section):
     num_layers_at_start_in_bf16: Natural = 0
     """Layers that stay in BF16, the most sensitive ones; not with "fp8-delayed"."""
     num_layers_at_end_in_bf16: Natural = 0
+    fp8_param_gather: bool = False
+    """Keep the weights that are multiplied in FP8 in FP8 alone, and gather them so from the distributed optimizer."""
 
     @property
     def params_dtype(self) -> Literal["fp32", "bf16"]:
@@ -127,3 +133,10 @@ class OptimizerSection(Section):
     adam_beta2: float = Field(0.95, gt=0, lt=1)
     adam_eps: float = Field(1e-8, gt=0)
     clip_grad: float = Field(1.0, ge=0)
+    use_precision_aware_optimizer: bool = False
+    """TransformerEngine's Adam, which can keep its state in fewer bits: the keys below say how."""
+    exp_avg_dtype: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
+    exp_avg_sq_dtype: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
+    store_param_remainders: bool = True
+    """Of the FP32 main weights keep the 16 bits alone that the BF16 weights lack. Not under the FP8 recipes, but for
+    "fp8-delayed": there the main weights stay whole."""

@@ -30,7 +30,8 @@ class ModelSection(Section):
     """Plain torch, or the Triton kernels of `kernels/`, which run on GPUs (and in Triton's interpreter)."""
     embedding_gradient: Literal["sorted", "atomic"] = "sorted"
     """How "triton" sums the gradient of the stream embeddings: the same bits every time, or in any order."""
-    transformer_impl: Literal["local", "transformer_engine"] = "local"
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Layers of TransformerEngine, or megatron-core's own; "auto" takes TransformerEngine's where it can run."""
     layernorm_epsilon: float = Field(1e-8, gt=0)
     init_method_std: float = Field(0.02, gt=0)
 

@@ -6,8 +6,11 @@ text first, then the predicted and the given codebooks; shifting and delaying ha
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
 from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
@@ -15,6 +18,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -62,7 +66,7 @@ class SpeechTextModel(MegatronModule):
             self.text_head = tensor_parallel.ColumnParallelLinear(
                 megatron.hidden_size,
                 config.streams.text_cardinality,
-                config=megatron,
+                config=_without_apex(megatron),
                 init_method=megatron.init_method,
                 bias=False,
                 gather_output=False,
@@ -154,6 +158,13 @@ class SpeechTextModel(MegatronModule):
         targets_QN = tokens_PN[1:].masked_fill(weights_QN == 0, -1)
         loss_QN, correct_QN = self.depth(hidden_TBH.flatten(0, 1).index_select(0, rows_N), tokens_PN[:-1], targets_QN)
         return loss_QN, correct_QN, weights_QN
+
+
+def _without_apex(megatron: TransformerConfig) -> TransformerConfig:
+    """megatron-core's own linear layer adds its weight's gradient to DDP's by a kernel of Apex; else autograd does."""
+    own = copy.copy(megatron)
+    own.gradient_accumulation_fusion &= _grad_accum_fusion_available
+    return own
 
 
 def _places(kept_TB: Tensor) -> Tensor:

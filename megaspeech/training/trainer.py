@@ -175,6 +175,7 @@ class Trainer:
     def evaluate(self) -> None:
         """Validation losses of every task, all samples of `valid/`."""
         self.watchdog.progress(f"validation after step {self.step}")
+        self.wrapped.gather_parameters()
         for chunk in self.wrapped.chunks:
             chunk.eval()
         by_task = {}
@@ -245,6 +246,7 @@ class Trainer:
         )
 
     def _log_sample(self) -> None:
+        self.wrapped.gather_parameters()
         log_spoken_sample(
             self.journal,
             step=self.step,
