@@ -65,6 +65,21 @@ def _precision(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
             yield f"precision.{key}: {count} is more than the {most} layers of a pipeline stage; lower it"
 
 
+def _user_buffers(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
+    parallel, data = sections["parallel"], sections["data"]
+    if not parallel.tp_comm_overlap:
+        return
+    if not parallel.sequence_parallel:
+        yield "parallel.tp_comm_overlap: is for sequence_parallel; set that true, or this false"
+    if data.length_multiple % data.num_frames:
+        yield (
+            f"data.length_multiple: {data.length_multiple}, but parallel.tp_comm_overlap has buffers of one length; "
+            f"set it to data.num_frames = {data.num_frames}"
+        )
+    if sections["model"].transformer_impl == "local":
+        yield 'parallel.tp_comm_overlap: is TransformerEngine\'s; set model.transformer_impl = "auto", or this false'
+
+
 def _is_distributed(parallel: Any) -> bool:
     """Whether the optimizer is megatron-core's distributed one."""
     return parallel.data_parallel == "ddp" and parallel.use_distributed_optimizer
@@ -278,7 +293,7 @@ def _streams(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
 
 
 CHECKS = (
-    *(_kernels, _profile, _precision, _optimizer, _layout, _heads),
-    *(_layers, _experts, _vocabulary, _batch, _streams),
+    *(_kernels, _profile, _precision, _optimizer, _user_buffers, _layout),
+    *(_heads, _layers, _experts, _vocabulary, _batch, _streams),
 )
 """Each takes the sections and the world size, and yields the faults it finds."""

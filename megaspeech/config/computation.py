@@ -49,6 +49,9 @@ class ParallelSection(Section):
     """Reduce gradients over the data parallel ranks of "ddp" while the backward pass goes on, bucket by bucket."""
     overlap_param_gather: bool = False
     """Gather the weights that the distributed optimizer's ranks have updated while the next forward pass goes on."""
+    tp_comm_overlap: bool = False
+    """Send what tensor parallel ranks exchange while matrices are multiplied, by TransformerEngine's user buffers.
+    Microbatches must all be as long: set `data.length_multiple` to `data.num_frames`."""
     grad_reduce_in_fp32: bool = True
     """Whether "ddp" sums gradients, over microbatches and ranks, in FP32; in BF16 they take half the memory."""
     recompute_granularity: Literal["selective", "full"] | None = None

@@ -126,6 +126,7 @@ def _layout(parallel: ParallelSection) -> dict[str, Any]:
         "num_layers_in_last_pipeline_stage",
         "pipeline_model_parallel_layout",
         "context_parallel_size",
+        "tp_comm_overlap",
         "expert_model_parallel_size",
         "recompute_granularity",
     )

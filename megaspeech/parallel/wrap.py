@@ -16,12 +16,14 @@ from megaspeech.parallel.fsdp2 import FullyShardedChunk
 from megaspeech.parallel.megatron_fsdp import MegatronShardedChunk
 from megaspeech.parallel.optimizer import gathers_mxfp8, make_optimizer, make_scheduler
 from megaspeech.parallel.reductions import finalise_gradients
+from megaspeech.parallel.user_buffers import destroy_user_buffers, initialise_user_buffers
 
 
 @dataclass
 class Wrapped:
     """What a trainer steps: the stage's chunks bare and wrapped, the optimizer and its schedule."""
 
+    config: Config
     models: list[MegatronModule]
     chunks: list[torch.nn.Module]
     optimizer: MegatronOptimizer
@@ -43,6 +45,7 @@ class Wrapped:
         """Let go of what python's garbage collector cannot see: gradient hooks that hold their own model in a ring."""
         for chunk in self.chunks:
             getattr(chunk, "grad_accs", []).clear()
+        destroy_user_buffers(self.config)
 
 
 def wrap(
@@ -60,6 +63,7 @@ def wrap(
         build: makes the chunk of a number, or with None the whole stage.
         initialise: last touch to the weights before the optimizer takes its copies of them.
     """
+    initialise_user_buffers(config)
     models = [build(index if num_chunks > 1 else None) for index in range(num_chunks)]
     for model in models:
         initialise(model)
@@ -71,7 +75,7 @@ def wrap(
         if config.parallel.overlap_grad_reduce:  # only the last microbatch's gradients are to be reduced
             each = [chunk.no_sync for chunk in chunks]
             model.config.no_sync_func = each if len(chunks) > 1 else each[0]
-    return Wrapped(models, chunks, optimizer, make_scheduler(config, optimizer))
+    return Wrapped(config, models, chunks, optimizer, make_scheduler(config, optimizer))
 
 
 def _ddp(model: MegatronModule, config: Config, index: int) -> torch.nn.Module:

@@ -11,6 +11,8 @@ from megaspeech.config import ConfigError
 
 PIPELINE = "parallel.pipeline_model_parallel_size=2"
 OVERLAP = "parallel.overlap_grad_reduce=true"
+SEQUENCE = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
+ONE_LENGTH = ("data.num_frames=64", "data.length_multiple=64")
 AWARE = "optimizer.use_precision_aware_optimizer=true"
 
 
@@ -75,6 +77,9 @@ AWARE = "optimizer.use_precision_aware_optimizer=true"
         ([AWARE, "parallel.grad_reduce_in_fp32=false", "optimizer.exp_avg_dtype=bf16"], None),
         ([AWARE, "parallel.data_parallel=fsdp2"], "optimizer.use_precision_aware_optimizer: needs parallel.use_dist"),
         (["optimizer.exp_avg_sq_dtype=fp8"], 'optimizer.exp_avg_sq_dtype: "fp8" needs use_precision_aware_optimizer'),
+        (["parallel.tp_comm_overlap=true", *ONE_LENGTH], "parallel.tp_comm_overlap: is for sequence_parallel"),
+        (["parallel.tp_comm_overlap=true", *SEQUENCE, *ONE_LENGTH], None),
+        (["parallel.tp_comm_overlap=true", *SEQUENCE], "data.length_multiple: 16, but parallel.tp_comm_overlap has"),
         (["precision.fp8_param_gather=true"], "precision.fp8_param_gather: needs an FP8 recipe"),
         (["model.preset=tiny-moe", "parallel.expert_model_parallel_size=2"], None),
         (["model.preset=tiny-moe", "parallel.expert_model_parallel_size=3"], "num_moe_experts: 4 is not divisible"),
