@@ -80,6 +80,18 @@ def _user_buffers(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
         yield 'parallel.tp_comm_overlap: is TransformerEngine\'s; set model.transformer_impl = "auto", or this false'
 
 
+def _graphs(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
+    parallel = sections["parallel"]
+    against = {
+        "overlap_param_gather": parallel.overlap_param_gather,
+        "recompute_granularity": parallel.recompute_granularity == "full",
+        "data_parallel": parallel.data_parallel != "ddp",
+    }
+    if sections["model"].depth_graph_multiple and any(against.values()):
+        named = ", ".join(f"parallel.{key} = {getattr(parallel, key)}" for key, value in against.items() if value)
+        yield f"model.depth_graph_multiple: a graph cannot hold what {named} does between layers; set it to 0"
+
+
 def _is_distributed(parallel: Any) -> bool:
     """Whether the optimizer is megatron-core's distributed one."""
     return parallel.data_parallel == "ddp" and parallel.use_distributed_optimizer
@@ -293,7 +305,7 @@ def _streams(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
 
 
 CHECKS = (
-    *(_kernels, _profile, _precision, _optimizer, _user_buffers, _layout),
+    *(_kernels, _graphs, _profile, _precision, _optimizer, _user_buffers, _layout),
     *(_heads, _layers, _experts, _vocabulary, _batch, _streams),
 )
 """Each takes the sections and the world size, and yields the faults it finds."""

@@ -13,6 +13,7 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 
 from megaspeech.config import Config
 from megaspeech.parallel.fsdp2 import FullyShardedChunk
+from megaspeech.parallel.graphs import install_graphs
 from megaspeech.parallel.megatron_fsdp import MegatronShardedChunk
 from megaspeech.parallel.optimizer import gathers_mxfp8, make_optimizer, make_scheduler
 from megaspeech.parallel.reductions import finalise_gradients
@@ -70,6 +71,8 @@ def wrap(
     chunks = [_DATA_PARALLEL[config.parallel.data_parallel](model, config, index) for index, model in enumerate(models)]
     optimizer = make_optimizer(config, chunks)
     for model in models:
+        if config.model.depth_graph_multiple:
+            install_graphs(model, multiple=config.model.depth_graph_multiple)
         model.config.finalize_model_grads_func = finalise_gradients
         model.config.grad_scale_func = optimizer.scale_loss
         if config.parallel.overlap_grad_reduce:  # only the last microbatch's gradients are to be reduced

@@ -13,6 +13,7 @@ PIPELINE = "parallel.pipeline_model_parallel_size=2"
 OVERLAP = "parallel.overlap_grad_reduce=true"
 SEQUENCE = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
 ONE_LENGTH = ("data.num_frames=64", "data.length_multiple=64")
+GRAPHS = "model.depth_graph_multiple=256"
 AWARE = "optimizer.use_precision_aware_optimizer=true"
 
 
@@ -80,6 +81,9 @@ AWARE = "optimizer.use_precision_aware_optimizer=true"
         (["parallel.tp_comm_overlap=true", *ONE_LENGTH], "parallel.tp_comm_overlap: is for sequence_parallel"),
         (["parallel.tp_comm_overlap=true", *SEQUENCE, *ONE_LENGTH], None),
         (["parallel.tp_comm_overlap=true", *SEQUENCE], "data.length_multiple: 16, but parallel.tp_comm_overlap has"),
+        ([GRAPHS, "parallel.use_distributed_optimizer=false"], None),
+        ([GRAPHS, "parallel.data_parallel=fsdp2"], "cannot hold what parallel.data_parallel = fsdp2 does"),
+        ([GRAPHS, "parallel.recompute_granularity=full"], "what parallel.recompute_granularity = full does"),
         (["precision.fp8_param_gather=true"], "precision.fp8_param_gather: needs an FP8 recipe"),
         (["model.preset=tiny-moe", "parallel.expert_model_parallel_size=2"], None),
         (["model.preset=tiny-moe", "parallel.expert_model_parallel_size=3"], "num_moe_experts: 4 is not divisible"),
