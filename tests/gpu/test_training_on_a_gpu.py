@@ -41,6 +41,7 @@ FEW_BITS = (*BF16, "optimizer.use_precision_aware_optimizer=true", "optimizer.ex
         ("transformer-engine", (TE,), 1e-3),
         ("bf16", BF16, 5e-2),
         ("few-bits", (*FEW_BITS, "optimizer.exp_avg_sq_dtype=bf16"), 5e-2),
+        ("fp8-weights", (TE, "precision.recipe=fp8-tensorwise", "precision.fp8_param_gather=true"), 1e-1),
         ("whole-main-weights", (*FEW_BITS, "optimizer.store_param_remainders=false"), 5e-2),
     ],
 )
