@@ -43,7 +43,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=300, help="of every run")
     parser.add_argument("--band", type=float, default=0.01, help="largest difference of a final loss, as a share")
     parser.add_argument("--output", type=Path, required=True, help="folder for everything; all nodes share it")
-    parser.add_argument("--json", type=Path, help="where the figures go, if not to DIR/recipes.json")
+    parser.add_argument("--json", type=Path, help="if not DIR/recipes.json; the picture goes beside it")
     arguments = parser.parse_intermixed_args()
     warnings.filterwarnings("ignore")
     take_variables_from_slurm()
@@ -88,16 +88,16 @@ def _report(trained: list[Trained], verdicts: list[Verdict], arguments: argparse
     for verdict in verdicts:
         if verdict.fault:
             print(f"{verdict.recipe}: {verdict.fault}")
-    arguments.output.mkdir(parents=True, exist_ok=True)
     machine = {"device": _device(), "torch": torch.__version__, "python": platform.python_version()}
     curves = {run.recipe: {name: _rounded(values) for name, values in run.losses.items()} for run in trained}
     asked = {"config": arguments.config.name, "overrides": arguments.overrides, "steps": arguments.steps}
     found = {**asked, "machine": machine, "verdicts": [_row(verdict) for verdict in verdicts], "curves": curves}
     path = arguments.json or arguments.output / "recipes.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if reference := verdicts[0].reference:
         title = f"{arguments.config.stem}, {arguments.steps} steps from one seed checkpoint; {machine['device']}"
-        draw(trained, arguments.output / "recipes.png", reference=reference, band=arguments.band, title=title)
+        draw(trained, path.with_suffix(".png"), reference=reference, band=arguments.band, title=title)
 
 
 def _table(verdicts: list[Verdict]) -> Table:
