@@ -5,6 +5,9 @@
 Alone or under torchrun, on the layout that the config names. A final loss is the mean over the last tenth of the steps;
 each recipe's, of text, audio and every stream, is held against that of the first recipe that runs. The exit status is 0
 where all that ran are within the band, 1 where one is not, or none ran. DIR gets the runs, recipes.json, recipes.png.
+
+"control" among the recipes repeats the first one in microbatches of half the size, its sums in another order: what lies
+no further apart than these two says nothing about a recipe, and where they leave the band, the band is too narrow.
 """
 
 from __future__ import annotations
@@ -27,9 +30,9 @@ from megaspeech.config.computation import ParallelSection
 from megaspeech.parallel import groups
 from megaspeech.parallel.launch import take_variables_from_slurm
 from megaspeech.training.recipe_chart import draw
-from megaspeech.training.recipes import Trained, Verdict, exit_status, judge, train_recipes
+from megaspeech.training.recipes import CONTROL, Trained, Verdict, exit_status, judge, train_recipes
 
-RECIPES = "bf16,fp8-delayed,fp8-tensorwise,fp8-blockwise"
+RECIPES = f"bf16,{CONTROL},fp8-delayed,fp8-tensorwise,fp8-blockwise"
 
 
 def main() -> int:

@@ -3,6 +3,9 @@
 Batches are a function of the step, so every recipe meets the same samples in the same order, and the noise of the
 batches is the same in all curves. A final loss is the mean over the last tenth of the steps; a smoothed curve is that
 mean after every step, so that its last point is the final loss.
+
+Training amplifies rounding: the same recipe with its sums in another order ends elsewhere too. A control shows by how
+much, and a difference that is no larger says nothing about a recipe.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ RUN = (
     *("checkpoint.async_save=false", "logging.tensorboard=false", "logging.sample_interval=0"),
 )
 """Of every run that is compared: no files but its records and its last checkpoint."""
+CONTROL = "control"
+"""In place of a recipe: the first one that ran, once more, in microbatches of half the size."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ def train_recipes(
     or whose run stops by a fault, is handed back with the reason.
 
     Args:
-        recipes: values of `precision.recipe`.
+        recipes: values of `precision.recipe`, or `CONTROL`.
         config_path: the run's TOML.
         overrides: `section.field=value`, which come before what the comparison sets itself.
         directory: where the runs go, DIRECTORY/RECIPE each; what is there of an earlier comparison is removed.
@@ -102,21 +107,35 @@ def train_recipes(
     """
     if len(set(recipes)) < len(recipes):
         raise ValueError(f"recipes: {', '.join(recipes)} names one twice; name each once")
-    seed = None
+    first = None
     for recipe in recipes:
         own = directory / recipe
-        start = f"checkpoint.seed_checkpoint={seed}" if seed else "checkpoint.save_seed=true"
-        settings = [*overrides, *RUN, f"training.train_steps={train_steps}", f"precision.recipe={recipe}", start]
+        settings = [*overrides, *RUN, f"training.train_steps={train_steps}", f"run.directory={own}"]
         try:
-            config = _runnable([*settings, f"run.directory={own}"], config_path=config_path)
+            config = _runnable([*settings, *_own_settings(recipe, first=first)], config_path=config_path)
         except ValueError as error:
             yield Trained(recipe, {}, fault=_one_line(error))
             continue
         _remove(own)
         fault = _train(config)
-        if seed is None and not fault:
-            seed = seed_checkpoint(own)
+        if first is None and not fault:
+            first = config
         yield Trained(recipe, _losses(own), fault=fault)
+
+
+def _own_settings(recipe: str, *, first: Config | None) -> list[str]:
+    """What one recipe has and the others do not; `first` is the run that the others start like."""
+    if first is None:
+        if recipe == CONTROL:
+            raise ValueError(f"recipes: {CONTROL} repeats a recipe that has run; name one before it")
+        return [f"precision.recipe={recipe}", "checkpoint.save_seed=true"]
+    seed = f"checkpoint.seed_checkpoint={seed_checkpoint(Path(first.run.directory))}"
+    if recipe != CONTROL:
+        return [f"precision.recipe={recipe}", seed]
+    half, odd = divmod(first.training.micro_batch_size, 2)
+    if odd:
+        raise ValueError(f"training.micro_batch_size: {2 * half + odd} has no half for the {CONTROL}; make it even")
+    return [f"precision.recipe={first.precision.recipe}", f"training.micro_batch_size={half}", seed]
 
 
 def _runnable(settings: Sequence[str], *, config_path: Path) -> Config:

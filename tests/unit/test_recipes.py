@@ -13,7 +13,7 @@ import pytest
 from launching import curve, environment, write_tiny_run
 
 from megaspeech.parallel.precision import forget_recipes
-from megaspeech.training.recipes import Trained, exit_status, judge, smooth
+from megaspeech.training.recipes import CONTROL, Trained, exit_status, judge, smooth, train_recipes
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "compare_recipes.py"
 TIMEOUT = 300  # seconds
@@ -30,24 +30,26 @@ def compare(directory: Path, *options: str, ranks: int = 0) -> subprocess.Comple
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess]:
-    """(folder, what the command said) of three recipes on one rank, of which the first cannot run."""
+    """(folder, what the command said) of recipes on one rank, of which the first cannot run."""
     directory = tmp_path_factory.mktemp("recipes")
     write_tiny_run(directory)
-    return directory, compare(directory, "--recipes", "fp8-tensorwise,fp32,bf16", "--steps", "20", "--band", "0.02")
+    recipes = "fp8-tensorwise,fp32,control,bf16"
+    return directory, compare(directory, "--recipes", recipes, "--steps", "20", "--band", "0.02")
 
 
 def test_what_runs_is_compared_and_what_cannot_is_said(compared: tuple[Path, subprocess.CompletedProcess]) -> None:
     directory, finished = compared
     assert finished.returncode == 0, finished.stderr
     found = json.loads((directory / "out/recipes.json").read_text())
-    impossible, fp32, bf16 = found["verdicts"]
+    impossible, fp32, control, bf16 = found["verdicts"]
     assert not impossible["holds"] and impossible["finals"] == {}
     assert impossible["fault"].startswith('precision.recipe: "fp8-tensorwise" is TransformerEngine\'s; set model.')
     assert impossible["fault"] in finished.stdout and "not run" in finished.stdout
     assert fp32["holds"] and set(fp32["differences"].values()) == {0.0}
+    assert control["holds"] and 0 < max(map(abs, control["differences"].values())) < 1e-4
     assert bf16["holds"] and bf16["reference"] == "fp32" and bf16["band"] == 0.02
     assert {"loss", "text_loss", "audio_loss", "loss/text", "loss/codebook_3"} <= bf16["differences"].keys()
-    assert 0 < max(map(abs, bf16["differences"].values())) < 0.02  # another precision, and the same model
+    assert 1e-4 < max(map(abs, bf16["differences"].values())) < 0.02  # another precision, and the same model
     assert (directory / "out/recipes.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -60,7 +62,7 @@ def test_both_start_from_one_seed_and_meet_the_same_batches(
     assert bf16[0]["loss"] == pytest.approx(fp32[0]["loss"], rel=1e-3)
     final = sum(record["text_loss"] for record in bf16[-2:]) / 2
     figures = json.loads((directory / "out/recipes.json").read_text())
-    assert figures["verdicts"][2]["finals"]["text_loss"] == pytest.approx(final)
+    assert figures["verdicts"][3]["finals"]["text_loss"] == pytest.approx(final)
     assert len(figures["curves"]["bf16"]["loss/codebook_0"]) == 20
 
 
@@ -68,26 +70,29 @@ def test_under_torchrun_anew_and_out_of_the_band(compared: tuple[Path, subproces
     """On two ranks; what an earlier comparison left behind is not gone on with."""
     directory, _ = compared
     figures = directory / "figures.json"
-    options = ("--recipes", "fp32,bf16", "--steps", "10", "--band", "1e-9", "--json", str(figures))
-    finished = compare(directory, *options, "parallel.tensor_model_parallel_size=2", ranks=2)
+    options = ("--recipes", "fp32,control,bf16", "--steps", "10", "--band", "1e-9", "--json", str(figures))
+    overrides = ("parallel.tensor_model_parallel_size=2", "training.micro_batch_size=1")
+    finished = compare(directory, *options, *overrides, ranks=2)
     assert finished.returncode != 0 and "NO" in finished.stdout
-    reference, other = json.loads(figures.read_text())["verdicts"]
+    reference, control, other = json.loads(figures.read_text())["verdicts"]
     assert reference["holds"] and not other["holds"] and not other["fault"]
+    assert control["fault"].startswith("training.micro_batch_size: 1 has no half for the control")
     assert len(curve(directory / "out" / "bf16")) == 10
 
 
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        (("--recipes", "fp32,fp32"), "recipes: fp32, fp32 names one twice"),
-        (("--recipes", "fp32", "data.directory=nowhere"), "nowhere"),
-    ],
-)
-def test_what_is_wrong_with_the_run_itself(options: tuple[str, ...], words: str, tmp_path: Path) -> None:
+def test_what_is_wrong_with_the_run_itself(tmp_path: Path) -> None:
     write_tiny_run(tmp_path)
-    finished = compare(tmp_path, *options)
+    finished = compare(tmp_path, "--recipes", "fp32", "data.directory=nowhere")
     assert finished.returncode == 1 and "Traceback" not in finished.stderr
-    assert words in finished.stdout + finished.stderr
+    assert "fp32: data.mixture: there is no shard nowhere/train/asr-en" in finished.stdout
+
+
+def test_what_is_wrong_with_the_recipes(tmp_path: Path) -> None:
+    settings = {"config_path": tmp_path / "config.toml", "overrides": (), "directory": tmp_path, "train_steps": 1}
+    with pytest.raises(ValueError, match="recipes: fp32, fp32 names one twice"):
+        next(train_recipes(["fp32", "fp32"], **settings))
+    (alone,) = train_recipes([CONTROL], **settings)
+    assert alone.fault == "recipes: control repeats a recipe that has run; name one before it" and not alone.has_run
 
 
 def trained(recipe: str, *, text: list[float], fault: str = "") -> Trained:
