@@ -23,9 +23,9 @@ from spec_agreement import (
 )
 
 from megaspeech.config import Config
-from megaspeech.model.speech_text_model import SpeechTextModel
 from megaspeech.model.temporal import transformer_config
-from megaspeech.parallel.precision import require_recipe
+from megaspeech.parallel.precision import forget_recipes, require_recipe
+from megaspeech.parallel.wrap import Wrapped
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,7 +33,6 @@ pytestmark = [
     pytest.mark.usefixtures("one_rank"),
 ]
 
-DEVICE = "cuda"
 TE = "transformer_engine"
 SAMPLES = 2
 # The depth transformer and the tables are the same code in both specs: little of them is enough.
@@ -60,8 +59,8 @@ class Spec:
         self.frames, self.overrides = SHAPES[name]
         self.directory = directory
         config = self.config("fp32", impl="local")
-        self.batch: Batch = draw_batch(config, samples=SAMPLES, frames=self.frames, device=DEVICE)
-        self.exact: SpeechTextModel = build(config, device=DEVICE)
+        self.exact: Wrapped = build(config)
+        self.batch: Batch = draw_batch(config, samples=SAMPLES, frames=self.frames, device=self.exact.device)
         self.truth = outcome(self.exact, self.batch)
 
     def config(self, recipe: str, *, impl: str) -> Config:
@@ -71,8 +70,12 @@ class Spec:
 
     def outcome(self, recipe: str, *, impl: str, warm_ups: int = 0) -> dict[str, torch.Tensor]:
         """Logits and gradients in a precision, by a layer spec, with the weights that the truth has."""
-        model = build(self.config(recipe, impl=impl), device=DEVICE, like=self.exact)
-        return outcome(model, self.batch, warm_ups=warm_ups)
+        model = build(self.config(recipe, impl=impl), like=self.exact)
+        try:
+            return outcome(model, self.batch, warm_ups=warm_ups)
+        finally:  # one after the other they would fill the GPU
+            model.release()
+            forget_recipes()
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -81,7 +84,9 @@ def spec(
     one_rank: None,  # noqa: F811
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Spec]:
-    yield Spec(request.param, tmp_path_factory.mktemp("spec"))
+    spec = Spec(request.param, tmp_path_factory.mktemp("spec"))
+    yield spec
+    spec.exact.release()
     torch.cuda.empty_cache()
 
 
@@ -132,7 +137,8 @@ def test_a_microbatch_never_waits_for_the_gpu(recipe: str, impl: str, tmp_path: 
     asks for a number that the GPU has yet to compute."""
     config = make_config(tmp_path, *WIDE, f"precision.recipe={recipe}", f"model.transformer_impl={impl}")
     skip_unless_it_runs(config)
-    model, batch = build(config, device=DEVICE), draw_batch(config, samples=SAMPLES, frames=512, device=DEVICE)
+    model = build(config)
+    batch = draw_batch(config, samples=SAMPLES, frames=512, device=model.device)
     for _ in range(2):  # the first passes choose kernels and allocate workspaces
         forward_backward(model, batch)
     torch.cuda.synchronize()
@@ -141,3 +147,5 @@ def test_a_microbatch_never_waits_for_the_gpu(recipe: str, impl: str, tmp_path: 
         forward_backward(model, batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+        model.release()
+        forget_recipes()

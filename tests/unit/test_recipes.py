@@ -12,6 +12,9 @@ from types import ModuleType
 import pytest
 from launching import curve, environment, write_tiny_run
 
+from megaspeech.config import read_config
+from megaspeech.config.computation import ParallelSection
+from megaspeech.parallel import groups
 from megaspeech.parallel.precision import forget_recipes
 from megaspeech.training.recipes import CONTROL, Trained, exit_status, judge, smooth, train_recipes
 
@@ -59,6 +62,8 @@ def test_both_start_from_one_seed_and_meet_the_same_batches(
     directory, _ = compared
     fp32, bf16 = (curve(directory / "out" / recipe) for recipe in ("fp32", "bf16"))
     assert [record["step"] for record in fp32] == [record["step"] for record in bf16] == list(range(1, 21))
+    started = read_config(directory / "out/bf16/config.toml").checkpoint
+    assert started.seed_checkpoint == f"{directory}/out/fp32/checkpoints/step_00000000" and not started.save_seed
     assert bf16[0]["loss"] == pytest.approx(fp32[0]["loss"], rel=1e-3)
     final = sum(record["text_loss"] for record in bf16[-2:]) / 2
     figures = json.loads((directory / "out/recipes.json").read_text())
@@ -136,7 +141,7 @@ def test_exit_status(runs: list[Trained], status: int) -> None:
 
 
 def test_transformer_engine_forgets_between_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it is loaded; else nothing is done, and nothing imported."""
+    """Where it is loaded; else nothing is imported."""
     name, calls = "transformer_engine.pytorch.quantization", []
     monkeypatch.delitem(sys.modules, name, raising=False)
     forget_recipes()
@@ -144,5 +149,10 @@ def test_transformer_engine_forgets_between_runs(monkeypatch: pytest.MonkeyPatch
     module = ModuleType(name)
     module.FP8GlobalStateManager = type("Manager", (), {"reset": staticmethod(lambda: calls.append(1))})
     monkeypatch.setitem(sys.modules, name, module)
-    forget_recipes()
+    groups.initialise(ParallelSection(), seed=1)
+    try:
+        assert not calls
+        groups.remove_grid()
+    finally:
+        groups.shut_down()
     assert calls == [1]
