@@ -93,13 +93,14 @@ def _report(trained: list[Trained], verdicts: list[Verdict], arguments: argparse
             print(f"{verdict.recipe}: {verdict.fault}")
     machine = {"device": _device(), "torch": torch.__version__, "python": platform.python_version()}
     curves = {run.recipe: {name: _rounded(values) for name, values in run.losses.items()} for run in trained}
-    asked = {"config": arguments.config.name, "overrides": arguments.overrides, "steps": arguments.steps}
+    name = f"{arguments.config.resolve().parent.name}/{arguments.config.name}"
+    asked = {"config": name, "overrides": arguments.overrides, "steps": arguments.steps}
     found = {**asked, "machine": machine, "verdicts": [_row(verdict) for verdict in verdicts], "curves": curves}
     path = arguments.json or arguments.output / "recipes.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if reference := verdicts[0].reference:
-        title = f"{arguments.config.stem}, {arguments.steps} steps from one seed checkpoint; {machine['device']}"
+        title = f"{' '.join([name, *arguments.overrides])}: {arguments.steps} steps from one seed, {machine['device']}"
         draw(trained, path.with_suffix(".png"), reference=reference, band=arguments.band, title=title)
 
 
