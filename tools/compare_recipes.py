@@ -3,8 +3,8 @@
     python tools/compare_recipes.py CONFIG.toml --recipes bf16,fp8-tensorwise --output DIR [section.field=value ...]
 
 Alone or under torchrun, on the layout that the config names. A final loss is the mean over the last tenth of the steps;
-each recipe's, of text, audio and every stream, is held against that of the first recipe that runs. The exit status is 0
-where all that ran are within the band, 1 where one is not, or none ran. DIR gets the runs, recipes.json, recipes.png.
+each recipe's, text and audio by themselves too, is held against that of the first recipe that runs. The exit status is
+0 where all that ran are within the band, 1 where one is not, or none ran. DIR gets the runs, recipes.json, recipes.png.
 
 "control" among the recipes repeats the first one in microbatches of half the size, its sums in another order: what lies
 no further apart than these two says nothing about a recipe, and where they leave the band, the band is too narrow.
@@ -30,7 +30,7 @@ from megaspeech.config.computation import ParallelSection
 from megaspeech.parallel import groups
 from megaspeech.parallel.launch import take_variables_from_slurm
 from megaspeech.training.recipe_chart import draw
-from megaspeech.training.recipes import CONTROL, Trained, Verdict, exit_status, judge, train_recipes
+from megaspeech.training.recipes import CONTROL, JUDGED, Trained, Verdict, exit_status, judge, train_recipes
 
 RECIPES = f"bf16,{CONTROL},fp8-delayed,fp8-tensorwise,fp8-blockwise"
 
@@ -106,15 +106,15 @@ def _report(trained: list[Trained], verdicts: list[Verdict], arguments: argparse
 
 def _table(verdicts: list[Verdict]) -> Table:
     reference, band = verdicts[0].reference, verdicts[0].band
-    table = Table("recipe", "loss", "text", "audio", "largest difference", "of", f"within {band:.1%} of {reference}")
+    table = Table("recipe", *JUDGED, "stream that differs most", f"within {band:.1%} of {reference}")
     for verdict in verdicts:
         if not verdict.has_run:
-            table.add_row(verdict.recipe, *["-"] * 5, "not run")
+            table.add_row(verdict.recipe, *["-"] * (len(JUDGED) + 1), "not run")
             continue
-        figures = [f"{verdict.finals[name]:.4f}" for name in ("loss", "text_loss", "audio_loss")]
-        worst = verdict.worst
-        largest = [f"{verdict.differences[worst]:+.2%}", worst] if worst else ["-", "-"]
-        table.add_row(verdict.recipe, *figures, *largest, "[green]yes" if verdict.holds else "[red]NO")
+        figures = [f"{verdict.finals[name]:.4f} ({verdict.differences.get(name, 0):+.2%})" for name in JUDGED]
+        stream = verdict.worst_stream
+        largest = f"{stream} {verdict.differences[stream]:+.2%}" if stream else "-"
+        table.add_row(verdict.recipe, *figures, largest, "[green]yes" if verdict.holds else "[red]NO")
     return table
 
 

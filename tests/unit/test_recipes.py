@@ -100,8 +100,8 @@ def test_what_is_wrong_with_the_recipes(tmp_path: Path) -> None:
     assert alone.fault == "recipes: control repeats a recipe that has run; name one before it" and not alone.has_run
 
 
-def trained(recipe: str, *, text: list[float], fault: str = "") -> Trained:
-    return Trained(recipe, {"text_loss": text}, fault=fault)
+def trained(recipe: str, *, text: list[float], fault: str = "", codebook: float = 1.0) -> Trained:
+    return Trained(recipe, {"text_loss": text, "loss/text": text, "loss/codebook_0": [codebook]}, fault=fault)
 
 
 def test_smoothing_is_a_mean_over_the_last_tenth() -> None:
@@ -116,15 +116,21 @@ def test_verdicts() -> None:
         Trained("mxfp8", {}, fault="needs Blackwell"),
         trained("bf16", text=[2.0, 1.0]),
         trained("near", text=[2.0, 1.009]),
+        trained("near but for a stream", text=[2.0, 1.0], codebook=1.5),
         trained("far", text=[2.0, 0.98]),
         trained("diverged", text=[2.0, math.nan]),
         trained("stopped", text=[2.0, 1.0], fault="5 steps in a row had to be skipped"),
     ]
     verdicts = {verdict.recipe: verdict for verdict in judge(runs, band=0.01)}
     assert {verdict.reference for verdict in verdicts.values()} == {"bf16"}
-    assert [recipe for recipe, verdict in verdicts.items() if verdict.holds] == ["bf16", "near"]
+    assert [recipe for recipe, verdict in verdicts.items() if verdict.holds] == [
+        "bf16",
+        "near",
+        "near but for a stream",
+    ]
     assert verdicts["near"].differences["text_loss"] == pytest.approx(0.009)
-    assert verdicts["diverged"].worst == "text_loss"
+    worst = {recipe: verdicts[recipe].worst_stream for recipe in ("near", "near but for a stream", "diverged")}
+    assert worst == {"near": "loss/text", "near but for a stream": "loss/codebook_0", "diverged": "loss/text"}
 
 
 @pytest.mark.parametrize(
@@ -133,8 +139,9 @@ def test_verdicts() -> None:
         ([trained("bf16", text=[1.0]), Trained("fp8-delayed", {}, fault="no GPU")], 0),
         ([trained("bf16", text=[1.0]), trained("fp8-delayed", text=[1.1])], 1),
         ([Trained("bf16", {}, fault="no shards"), Trained("fp8-delayed", {}, fault="no GPU")], 1),
+        ([trained("bf16", text=[1.0], fault="it stopped"), Trained("fp8-delayed", {}, fault="no GPU")], 1),
     ],
-    ids=["unrunnable ones do not fail", "out of the band", "none runs"],
+    ids=["unrunnable ones do not fail", "out of the band", "none runs", "none runs to its end"],
 )
 def test_exit_status(runs: list[Trained], status: int) -> None:
     assert exit_status(judge(runs, band=0.01)) == status
