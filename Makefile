@@ -30,8 +30,8 @@ check: $(VENV)/.ready ## ruff and the house rules
 gpu: ## what needs a GPU: its tests, recipes compared, the kernels' benchmarks (where CUDA is, not in .venv)
 	$(PYTHON) -m pytest -m gpu tests/gpu
 	$(MAKE) runs/quickstart/shards/valid PYTHON=$(PYTHON)
-	$(PYTHON) tools/compare_recipes.py examples/quickstart/config.toml model.transformer_impl=transformer_engine \
-	  --output runs/recipes --json docs/measurements/recipes_gpu.json
+	$(PYTHON) tools/compare_recipes.py examples/quickstart/config.toml optimizer.lr=5e-4 \
+	  model.transformer_impl=transformer_engine --output runs/recipes --json docs/measurements/recipes_gpu.json
 	$(PYTHON) kernels/benchmarks/run.py --output docs/measurements
 
 # The digits to train on. Where espeak-ng or DALI is missing: carry runs/quickstart/{shards,codec,tokenizer.model} there.
