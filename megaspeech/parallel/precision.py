@@ -1,6 +1,8 @@
-"""Whether this rank's GPU can compute what a recipe asks for, found out before anything is allocated."""
+"""Whether this rank's GPU can compute what a recipe asks for, found out before anything is allocated; and its end."""
 
 from __future__ import annotations
+
+import sys
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -33,3 +35,15 @@ def require_recipe(name: str, *, megatron: TransformerConfig) -> None:
             f"{wanted}: {error} This is {torch.cuda.get_device_name()}, compute capability {major}.{minor}, with CUDA "
             f"{torch.version.cuda}; {remedy}"
         ) from error
+
+
+def forget_recipes() -> None:
+    """Let TransformerEngine, where it is loaded, forget the models that were.
+
+    For "fp8-delayed" it keeps every module's largest values, with the group they are reduced over, and reduces all of
+    them after every step (quantization.py, `FP8GlobalStateManager`): the next model's steps would ask for a group that
+    is gone.
+    """
+    quantization = sys.modules.get("transformer_engine.pytorch.quantization")
+    if quantization is not None:
+        quantization.FP8GlobalStateManager.reset()
