@@ -14,11 +14,12 @@ from torch import Tensor
 
 from megaspeech.checkpoint.state import metadata
 from megaspeech.config import Config
+from megaspeech.data.mixture import depth_frames
 from megaspeech.model.speech_text_model import SpeechTextModel
 from megaspeech.parallel.wrap import Wrapped, wrap
 
-Batch = tuple[Tensor, Tensor]
-"""codes `[B, S, T]` and weights `[B, P, T]`, which sum to about 1."""
+Batch = tuple[Tensor, Tensor, Tensor]
+"""codes `[B, S, T]`; weights `[B, P, T]`, which sum to about 1; on the host, which frames have codebooks that weigh."""
 
 
 def draw_batch(config: Config, *, samples: int, frames: int, device: torch.device) -> Batch:
@@ -27,7 +28,8 @@ def draw_batch(config: Config, *, samples: int, frames: int, device: torch.devic
     codes = [torch.randint(size, (samples, frames), generator=generator) for size in streams.cardinalities]
     weights = (torch.rand(samples, 1 + streams.num_codebooks, frames, generator=generator) > 0.1).float()
     share = 2.0 ** -round(math.log2(weights.numel()))  # which BF16 holds exactly
-    return torch.stack(codes, dim=1).to(device), (weights * share).to(device)
+    frames_BT = torch.from_numpy(depth_frames(weights.numpy(), streams=streams))
+    return torch.stack(codes, dim=1).to(device), (weights * share).to(device), frames_BT
 
 
 def build(config: Config, *, like: Wrapped | None = None) -> Wrapped:
