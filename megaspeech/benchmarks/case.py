@@ -88,5 +88,3 @@ def _implementation(recipe: str) -> str:
     """TransformerEngine where FP8 needs it, and in BF16 where it is installed."""
     is_wanted = recipe not in ("fp32", "bf16") or (recipe == "bf16" and find_spec("transformer_engine"))
     return "transformer_engine" if is_wanted else "local"
-
-

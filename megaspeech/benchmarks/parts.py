@@ -1,8 +1,8 @@
 """Where the time of a step goes, without making the host wait for the device.
 
-At every boundary between two parts an event is put into the device's queue: in hooks of the modules on the way forward,
-in hooks of the gradients of what passes the boundary on the way back. The time from one event to the next belongs to the
-part that began there, so the parts sum to the step. An idle device counts for the part that it waits in.
+At every boundary between two parts an event is put into the device's queue: in hooks of the modules on the way
+forward, in hooks of the gradients of what passes the boundary on the way back. The time from one event to the next
+belongs to the part that began there, so the parts sum to the step. An idle device counts for the part that it waits in.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class PartTimes:
 
     def __init__(self, wrapped: Wrapped) -> None:
         (self.model,), self.device = wrapped.models, wrapped.device
-        self.optimizers = [part.optimizer for part in getattr(wrapped.optimizer, "chained_optimizers", [wrapped.optimizer])]
+        self.optimizers = [
+            part.optimizer for part in getattr(wrapped.optimizer, "chained_optimizers", [wrapped.optimizer])
+        ]
         self._marks: list[tuple[str, Any]] = []
 
     def __enter__(self) -> PartTimes:

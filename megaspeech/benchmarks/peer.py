@@ -3,8 +3,8 @@
 The model is the `moshi` package's `LMModel` with its own compiled functions, every transformer layer's activations
 recomputed in the backward pass. The step follows moshi-finetune (train.py and finetune/, commit 2acc879, July 2025):
 BF16 parameters; FP32 copies that torch's AdamW steps as torch chooses to, with FP32 gradients clipped to a norm of 1;
-for each microbatch two weighted mean cross entropies, added, two token counts that the host waits for, and a wait for the
-device before the next; gradients averaged over microbatches. Left out, in the peer's favour: its second cast of the
+for each microbatch two weighted mean cross entropies, added, two token counts that the host waits for, and a wait for
+the device before the next; gradients averaged over microbatches. Left out, in the peer's favour: its second cast of the
 gradients back to BF16, its learning rate schedule, its logging.
 
 Grouped queries are moshi's `kv_repeat`, whose keys and values are repeated in memory before attention.

@@ -1,0 +1,80 @@
+"""A whole run: the floors of the machine, then every case in a process of its own; a fault costs one row."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from megaspeech.benchmarks.aims import Judged, judge
+from megaspeech.benchmarks.apart import call_apart
+from megaspeech.benchmarks.case import Case
+from megaspeech.benchmarks.figures import FP8_PRODUCT, Row, row_of
+from megaspeech.benchmarks.step import Measured, measure_case
+from megaspeech.config import Config
+from megaspeech.kernels.benchmarks import measuring
+from megaspeech.kernels.benchmarks.machine import describe_machine
+from megaspeech.kernels.benchmarks.rows import SKIPPED
+from megaspeech.planning.gpus import find_gpu
+
+MILLISECONDS = 300
+"""How long each floor is repeated."""
+PACKAGES = ("triton", "megatron-core", "transformer-engine", "moshi")
+
+
+@dataclass(frozen=True)
+class Report:
+    """All of a run: the machine, its floors by unit, a row a case, the aims."""
+
+    machine: dict[str, Any]
+    floors: dict[str, float | None]
+    rows: list[Row]
+    aims: list[Judged]
+
+
+def config_of(case: Case) -> Config:
+    """The config of a case, for counting; its directories are gone. Raises ValueError where it has faults."""
+    with tempfile.TemporaryDirectory() as directory:
+        return case.config(Path(directory))
+
+
+def run(cases: list[Case], *, minutes: float, hear: Callable[[str], None]) -> Report:
+    """Measure the cases in order.
+
+    Args:
+        cases: of one machine, this one.
+        minutes: what has not begun by then is skipped.
+        hear: is called with a line for every step.
+
+    Raises:
+        ValueError: a case that no machine could run.
+        RuntimeError: the floors could not be measured.
+    """
+    end, rows = perf_counter() + 60 * minutes, []
+    measured, fault = call_apart(measure_floors, hear=hear)
+    if fault:
+        raise RuntimeError(f"the floors of this machine: {fault}")
+    machine, floors = measured
+    for case in cases:
+        outcome: Measured | str
+        if perf_counter() < end:
+            outcome, fault = call_apart(measure_case, case, hear=hear)
+            outcome = fault or outcome
+        else:
+            outcome = f"{SKIPPED}: the {minutes:g} minutes were up"
+        rows.append(row_of(case, config_of(case), outcome, floors=floors, gpu=find_gpu(machine["device"])))
+    return Report(machine, floors, rows, judge(rows, is_gpu=machine["device"] != "cpu"))
+
+
+def measure_floors(*, say: Callable[[str], None]) -> tuple[dict[str, Any], dict[str, float | None]]:
+    """(the machine, the rates of a copy and of BF16 and FP8 products on its device)."""
+    say("floors")
+    device = torch.accelerator.current_accelerator()
+    where = {"device": device.type if device else "cpu", "milliseconds": MILLISECONDS}
+    machine = describe_machine(where["device"], packages=PACKAGES)
+    return machine, {**measuring.floors(**where), FP8_PRODUCT: measuring.fp8_product(**where)}
