@@ -1,11 +1,12 @@
 """Measure whole training steps on this machine's GPU: frames a second, operations, memory, time by part.
 
-    python tools/measure_throughput.py --model 8b --layers all,16 --recipe bf16,fp8-tensorwise --peer moshi --json F.json
+    python tools/measure_throughput.py --model 8b --recipe bf16,fp8-tensorwise --peer moshi --peer-layers 4,12 --json F
 
 Every number of layers in every recipe is a case, measured in a process of its own with the trainer's own step on
-synthetic samples; --peer measures the same shape, once for every number of layers, in what people would pick instead.
-Arguments section.field=value override the config. --dry-run counts parameters, operations and bytes, without a GPU. A
-case that cannot run is a row that says why. Returns 1 where none could, 2 for a fault of the arguments.
+synthetic samples; --peer measures the same shape in what people would pick instead, and where all layers do not fit it,
+two numbers of them tell what they would take. Arguments section.field=value override the config of every case.
+--dry-run counts parameters, operations and bytes, without a GPU. A case that cannot run is a row that says why. Returns
+1 where none could, 2 for a fault of the arguments.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from itertools import product
 from pathlib import Path
 
 from rich.console import Console
@@ -60,12 +60,14 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="of the config, for every case")
     parser.add_argument("--model", choices=list(PRESETS), default="8b", help="a preset")
-    parser.add_argument("--layers", default="all", metavar="N,...", help="of the temporal transformer: numbers, or all")
+    layers = {"type": layers_of, "metavar": "N,...", "help": "of the temporal transformer: numbers, or all"}
+    parser.add_argument("--layers", default="all", **layers)
     parser.add_argument("--recipe", default="bf16", metavar="NAME,...", help="of precision.recipe")
     parser.add_argument("--frames", type=int, default=16384, help="a step, in all")
     parser.add_argument("--sample-frames", type=int, default=2048, help="length of every sample")
-    parser.add_argument("--micro-batch-size", type=int, default=2, help="samples")
+    parser.add_argument("--micro-batch-size", type=int, default=1, help="samples")
     parser.add_argument("--peer", choices=PEERS, help="measure it too")
+    parser.add_argument("--peer-layers", **{**layers, "help": "of the peer's; as --layers without it"})
     parser.add_argument("--steps", type=int, default=8, help="timed; half as many again are timed by part")
     parser.add_argument("--minutes", type=float, default=8.0, help="what has not begun by then is skipped")
     parser.add_argument("--json", type=Path, help="write the figures here, Markdown and a chart beside them")
@@ -74,14 +76,15 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _cases(options: argparse.Namespace) -> list[Case]:
-    """All of a run: by number of layers, the peer last."""
-    recipes = [(OURS, recipe) for recipe in options.recipe.split(",")]
-    recipes += [(options.peer, PEER_RECIPE)] if options.peer else []
+    """Ours, then the peer's."""
+    named = [(OURS, layers, recipe) for layers in options.layers for recipe in options.recipe.split(",")]
+    if options.peer:
+        named += [(options.peer, layers, PEER_RECIPE) for layers in options.peer_layers or options.layers]
     return [
         Case(
             provider,
             options.model,
-            _layers(text),
+            layers,
             recipe,
             frames=options.frames,
             sample_frames=options.sample_frames,
@@ -89,14 +92,13 @@ def _cases(options: argparse.Namespace) -> list[Case]:
             overrides=tuple(options.overrides),
             steps=options.steps,
         )
-        for text, (provider, recipe) in product(options.layers.split(","), recipes)
+        for provider, layers, recipe in named
     ]
 
 
-def _layers(text: str) -> int | None:
-    if text != "all" and not text.isdecimal():
-        raise ValueError(f"--layers: {text!r} is no number of layers; write numbers or all, with commas between them")
-    return None if text == "all" else int(text)
+def layers_of(text: str) -> list[int | None]:
+    """[4, None] of "4,all"."""
+    return [None if each == "all" else int(each) for each in text.split(",")]
 
 
 if __name__ == "__main__":

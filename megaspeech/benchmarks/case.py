@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from megaspeech.config import Config, read_config
@@ -65,8 +64,8 @@ class Case:
         layers = () if self.num_layers is None else (f"temporal.num_layers={self.num_layers}",)
         own = (
             *(f"run.directory={directory}/run", f"data.directory={directory}/shards"),
-            *(f"precision.recipe={self.recipe}", f"model.transformer_impl={_implementation(self.recipe)}"),
-            *(f"data.num_frames={self.sample_frames}", f"training.micro_batch_size={self.micro_batch_size}"),
+            *(f"precision.recipe={self.recipe}", f"data.num_frames={self.sample_frames}"),
+            f"training.micro_batch_size={self.micro_batch_size}",
             f"training.global_batch_size={self.frames // self.sample_frames}",
         )
         return read_config(path, [*BASE, *own, *layers, *self.overrides], world_size=1)
@@ -82,9 +81,3 @@ class Case:
             shorter=0,
         )
         return config
-
-
-def _implementation(recipe: str) -> str:
-    """TransformerEngine where FP8 needs it, and in BF16 where it is installed."""
-    is_wanted = recipe not in ("fp32", "bf16") or (recipe == "bf16" and find_spec("transformer_engine"))
-    return "transformer_engine" if is_wanted else "local"

@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 
 from megaspeech.benchmarks.figures import Row
 from megaspeech.benchmarks.parts import OTHER, PARTS
-from megaspeech.kernels.benchmarks.rows import MEASURED
 
 PART_COLOURS = {part: "lightgrey" if part == OTHER else f"C{index}" for index, part in enumerate(PARTS)}
 
@@ -21,7 +20,7 @@ def draw(rows: list[Row], path: Path, *, title: str) -> None:
     figure = Figure(figsize=(13, 1.8 + 0.45 * len(rows)), layout="constrained")
     speed, parts = figure.subplots(1, 2, sharey=True)
     for place, row in enumerate(rows):
-        if row.status == MEASURED:
+        if row.has_figures:
             speed.barh(place, row.frames_per_second, color="C0" if row.parts_ms else "grey")
             utilised = "" if row.share_of_product is None else f", {row.share_of_product:.0%} of the product's rate"
             speed.text(
@@ -49,5 +48,5 @@ def _draw_parts(axes: Axes, rows: list[Row]) -> None:
         axes.barh(range(len(rows)), spent, left=before, color=colour, label=part)
     axes.set_xlabel("microseconds a frame, by part", fontsize=9)
     for place, row in enumerate(rows):
-        if row.status == MEASURED and not row.parts_ms:  # a peer, whose parts are not taken
+        if row.has_figures and not row.parts_ms:  # a peer, whose parts are not taken
             axes.barh(place, 1e6 / row.frames_per_second, color="white", edgecolor="grey", hatch="//")

@@ -18,6 +18,8 @@ from megaspeech.kernels.benchmarks.rows import MEASURED
 from megaspeech.model.counting import count_flops
 from megaspeech.planning.gpus import Gpu
 
+EXTRAPOLATED = "extrapolated"
+"""How the status of a row begins that was not measured itself."""
 FRAME_RATE = 12.5
 """Frames in a second of sound, as Mimi has them: what "x real time" means."""
 PASSES = 3
@@ -28,7 +30,7 @@ BF16_PRODUCT, FP8_PRODUCT = "TFLOP/s", "FP8 TFLOP/s"
 
 @dataclass(frozen=True)
 class Row:
-    """What was found of a case. `status` is "measured", or says why there are no figures.
+    """What was found of a case. `status` is "measured", or says why there are no figures, or whence.
 
     `step_ms` is the median, `tflops` are TFLOP/s, `mfu` their share of the data sheet's, `share_of_product` of a large
     matrix product measured in the same run, both in the recipe's own numbers: FP8 for an FP8 recipe, BF16 for BF16.
@@ -70,6 +72,11 @@ class Row:
         """Who it is and how it computes."""
         return f"{self.provider} {self.recipe}"
 
+    @property
+    def has_figures(self) -> bool:
+        """Whether it was measured, or follows from what was."""
+        return self.frames_per_second is not None
+
 
 def row_of(case: Case, config: Config, outcome: Measured | str, *, floors: dict[str, Any], gpu: Gpu | None) -> Row:
     """The row of a case.
@@ -93,23 +100,40 @@ def row_of(case: Case, config: Config, outcome: Measured | str, *, floors: dict[
     if isinstance(outcome, str):
         return Row(**sizes, status=outcome)
     low, median, high = quartiles(outcome.seconds)
-    tflops = step_flops(config) / median / 1e12
-    sheet, floor = _rates(config, floors=floors, gpu=gpu)
     return Row(
         **sizes,
         status=MEASURED,
         num_parameters=outcome.num_parameters,
-        step_ms=1e3 * median,
         quartiles_ms=(1e3 * low, 1e3 * high),
-        frames_per_second=case.frames / median,
-        x_real_time=case.frames / median / FRAME_RATE,
-        tflops=tflops,
-        mfu=_share(tflops, sheet),
-        share_of_product=_share(tflops, floor),
         peak_bytes=outcome.peak_bytes,
         last_loss=outcome.losses[-1],
+        **_rates_of(config, median, floors=floors, gpu=gpu),
         **_by_part(outcome.parts_ms, flops=count_flops(config, num_frames=config.data.num_frames)),
     )
+
+
+def extrapolated(rows: list[Row], config: Config, *, floors: dict[str, Any], gpu: Gpu | None) -> Row | None:
+    """A step of a deeper model than fits, from the two deepest measured: every further layer takes as long again.
+
+    Args:
+        rows: of one provider and recipe, model and frames alike.
+        config: of the deeper model.
+        floors, gpu: see `row_of`.
+
+    Returns:
+        A row without memory or quartiles, whose status names where it comes from; None where it is measured, or two
+        others are not.
+    """
+    measured = sorted((row for row in rows if row.status == MEASURED), key=lambda row: row.num_layers)
+    layers = config.temporal.num_layers
+    if len(measured) < 2 or any(row.num_layers == layers for row in measured):
+        return None
+    fewer, more = measured[-2:]
+    a_layer = (more.step_ms - fewer.step_ms) / (more.num_layers - fewer.num_layers)
+    status = f"{EXTRAPOLATED} from {fewer.num_layers} and {more.num_layers} layers"
+    figures = _rates_of(config, (more.step_ms + a_layer * (layers - more.num_layers)) / 1e3, floors=floors, gpu=gpu)
+    sizes = {name: getattr(more, name) for name in ("provider", "model", "recipe", "frames", "sample_frames")}
+    return Row(**sizes, micro_batch_size=more.micro_batch_size, num_layers=layers, status=status, **figures)
 
 
 def step_flops(config: Config) -> int:
@@ -119,25 +143,36 @@ def step_flops(config: Config) -> int:
 
 
 def by_provider(rows: list[Row], *, num_layers: int) -> tuple[Row | None, Row | None, Row | None]:
-    """Of the measured rows of so many layers: our BF16, our fastest FP8, the peer's; None where there is none."""
-    measured = [row for row in rows if row.num_layers == num_layers and row.status == MEASURED]
+    """Of the rows with figures of so many layers: our BF16, our fastest FP8, the peer's; None where there is none."""
+    measured = [row for row in rows if row.num_layers == num_layers and row.has_figures]
     bf16 = next((row for row in measured if row.provider == OURS and row.recipe == "bf16"), None)
     fp8 = max((row for row in measured if row.is_fp8), key=lambda row: row.frames_per_second, default=None)
     peer = next((row for row in measured if row.provider == MOSHI), None)
     return bf16, fp8, peer
 
 
-def _rates(config: Config, *, floors: dict[str, Any], gpu: Gpu | None) -> tuple[float | None, float | None]:
+def _rates_of(config: Config, seconds: float, *, floors: dict[str, Any], gpu: Gpu | None) -> dict[str, float | None]:
+    """The figures of a step that takes so long."""
+    frames = config.training.global_batch_size * config.data.num_frames
+    tflops = step_flops(config) / seconds / 1e12
+    sheet, floor = _products(config, floors=floors, gpu=gpu)
+    return {
+        "step_ms": 1e3 * seconds,
+        "frames_per_second": frames / seconds,
+        "x_real_time": frames / seconds / FRAME_RATE,
+        "tflops": tflops,
+        "mfu": tflops / sheet if sheet else None,
+        "share_of_product": tflops / floor if floor else None,
+    }
+
+
+def _products(config: Config, *, floors: dict[str, Any], gpu: Gpu | None) -> tuple[float | None, float | None]:
     """TFLOP/s of products in the recipe's numbers: of the data sheet, and measured. Of FP32 none are."""
     if config.precision.recipe == "fp32":
         return None, None
     if config.precision.fp8_recipe:
         return gpu and gpu.fp8_tflops, floors[FP8_PRODUCT]
     return gpu and gpu.bf16_tflops, floors[BF16_PRODUCT]
-
-
-def _share(rate: float, most: float | None) -> float | None:
-    return rate / most if most else None
 
 
 def _by_part(steps: list[dict[str, float]], *, flops: dict[str, int]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaspeech.parallel.optimizer import optimizer_parts
 from megaspeech.parallel.wrap import Wrapped
 
 EMBEDDING, TEMPORAL, TEXT = "embedding", "temporal", "text head and loss"
@@ -42,9 +43,7 @@ class PartTimes:
 
     def __init__(self, wrapped: Wrapped) -> None:
         (self.model,), self.device = wrapped.models, wrapped.device
-        self.optimizers = [
-            part.optimizer for part in getattr(wrapped.optimizer, "chained_optimizers", [wrapped.optimizer])
-        ]
+        self.optimizers = [part.optimizer for part in optimizer_parts(wrapped.optimizer)]
         self._marks: list[tuple[str, Any]] = []
 
     def __enter__(self) -> PartTimes:
@@ -56,7 +55,7 @@ class PartTimes:
             depth.register_forward_pre_hook(self._entering(DEPTH, back_into=TEXT)),
             depth.heads.register_forward_pre_hook(self._entering(HEADS, back_into=DEPTH)),
             model.register_forward_hook(lambda module, arguments, losses: self._hook(losses.weighted, HEADS)),
-            model.embedding.table.weight.register_post_accumulate_grad_hook(self._marking(OTHER)),
+            model.embedding.weight.register_post_accumulate_grad_hook(self._marking(OTHER)),
             *(optimizer.register_step_pre_hook(self._marking(OPTIMIZER)) for optimizer in self.optimizers),
         ]
         self._mark(OTHER)

@@ -12,6 +12,8 @@ Grouped queries are moshi's `kv_repeat`, whose keys and values are repeated in m
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -39,6 +41,7 @@ class MoshiPeer:
     """
 
     def __init__(self, config: Config, *, device: torch.device) -> None:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as moshi-finetune asks of torch
         arguments = {key: value for key, value in moshi_config(config).items() if key not in NOT_ARGUMENTS}
         try:
             loaders = import_moshi(device).loaders

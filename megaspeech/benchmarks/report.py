@@ -17,7 +17,6 @@ from megaspeech.benchmarks.parts import PARTS
 from megaspeech.benchmarks.run import Report
 from megaspeech.config import Config
 from megaspeech.kernels.benchmarks.report import COLOURS, grid
-from megaspeech.kernels.benchmarks.rows import MEASURED
 from megaspeech.model.counting import count_flops, count_parameters
 from megaspeech.planning.gpus import GPUS
 from megaspeech.planning.memory import state_bytes
@@ -41,7 +40,7 @@ def show(report: Report, console: Console) -> None:
     """The tables, what failed in red."""
     table = Table(*HEADER, title=_title(report))
     for row in report.rows:
-        table.add_row(*_cells(row), style=None if row.status == MEASURED else "red")
+        table.add_row(*_cells(row), style=None if row.has_figures else "red")
     parts = Table(*PARTS_HEADER, title="ms by part, of steps with events in them")
     for row in filter(lambda row: row.parts_ms, report.rows):
         parts.add_row(*_part_cells(row))
@@ -107,17 +106,21 @@ def _markdown(report: Report, *, picture: str) -> str:
 
 def _cells(row: Row) -> tuple[str, ...]:
     name = (str(row.num_layers), row.name)
-    if row.status != MEASURED:
+    if not row.has_figures:
         return *name, row.status, *("-",) * (len(HEADER) - len(name) - 1)
     return (
         *name,
         f"{row.frames_per_second:,.0f}",
         f"{row.x_real_time:,.0f}",
-        f"{row.step_ms:,.1f} ({row.quartiles_ms[0]:,.1f}, {row.quartiles_ms[1]:,.1f})",
+        f"{row.step_ms:,.1f} ({_quartiles(row)})",
         f"{row.tflops:,.1f}",
         *("-" if share is None else f"{share:.1%}" for share in (row.mfu, row.share_of_product)),
         "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.1f}",
     )
+
+
+def _quartiles(row: Row) -> str:
+    return row.status if row.quartiles_ms is None else f"{row.quartiles_ms[0]:,.1f}, {row.quartiles_ms[1]:,.1f}"
 
 
 def _part_cells(row: Row) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -13,14 +13,14 @@ import torch
 
 from megaspeech.benchmarks.aims import Judged, judge
 from megaspeech.benchmarks.apart import call_apart
-from megaspeech.benchmarks.case import Case
-from megaspeech.benchmarks.figures import FP8_PRODUCT, Row, row_of
+from megaspeech.benchmarks.case import OURS, Case
+from megaspeech.benchmarks.figures import FP8_PRODUCT, Row, extrapolated, row_of
 from megaspeech.benchmarks.step import Measured, measure_case
 from megaspeech.config import Config
 from megaspeech.kernels.benchmarks import measuring
 from megaspeech.kernels.benchmarks.machine import describe_machine
 from megaspeech.kernels.benchmarks.rows import SKIPPED
-from megaspeech.planning.gpus import find_gpu
+from megaspeech.planning.gpus import Gpu, find_gpu
 
 MILLISECONDS = 300
 """How long each floor is repeated."""
@@ -68,7 +68,20 @@ def run(cases: list[Case], *, minutes: float, hear: Callable[[str], None]) -> Re
         else:
             outcome = f"{SKIPPED}: the {minutes:g} minutes were up"
         rows.append(row_of(case, config_of(case), outcome, floors=floors, gpu=find_gpu(machine["device"])))
+    rows += _whole_peers(cases, rows, floors=floors, gpu=find_gpu(machine["device"]))
     return Report(machine, floors, rows, judge(rows, is_gpu=machine["device"] != "cpu"))
+
+
+def _whole_peers(cases: list[Case], rows: list[Row], *, floors: dict[str, float | None], gpu: Gpu | None) -> list[Row]:
+    """What a peer would take for as many layers as we were measured at, where it was not measured itself."""
+    peers = [case for case in cases if case.provider != OURS]
+    known = [row for row in rows if row.provider != OURS]
+    found = []
+    for layers in dict.fromkeys(case.num_layers for case in cases if case.provider == OURS):
+        for peer in peers[:1]:
+            config = config_of(replace(peer, num_layers=layers))
+            found.append(extrapolated(known, config, floors=floors, gpu=gpu))
+    return [row for row in found if row]
 
 
 def measure_floors(*, say: Callable[[str], None]) -> tuple[dict[str, Any], dict[str, float | None]]:

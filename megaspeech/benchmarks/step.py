@@ -10,11 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from megaspeech.benchmarks.case import MOSHI, WARM_UP, Case
 from megaspeech.benchmarks.parts import PartTimes
@@ -26,9 +23,6 @@ from megaspeech.parallel import groups
 from megaspeech.parallel.watchdog import Watchdog
 from megaspeech.training.signals import StopSignals
 from megaspeech.training.trainer import Trainer
-
-BLOCK = 2**22
-"""Random numbers that a large weight repeats."""
 
 Step = Callable[[list[Batch]], float]
 """One optimizer step over some microbatches; returns the loss, for which the host waits."""
@@ -48,39 +42,13 @@ class Measured:
     peak_bytes: int | None
 
 
-class QuickDraws(TorchFunctionMode):
-    """Inside it, large tensors are filled with one block of random numbers over and over.
-
-    Weights are drawn on the CPU, where drawing 9 billion takes minutes. How long a product takes depends on its values
-    only through the power that flipping bits costs, which a repeated block costs as well (zeros would not).
-    """
-
-    DRAWS = (Tensor.normal_, Tensor.uniform_, torch.nn.init.normal_, torch.nn.init.uniform_)
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """See the class."""
-        options = dict(kwargs or {})
-        if func not in self.DRAWS:
-            return func(*args, **options)
-        tensor, *rest = args or (options.pop("tensor"),)
-        if tensor.numel() <= BLOCK or not tensor.is_contiguous():
-            return func(tensor, *rest, **options)
-        with torch.no_grad():
-            first, *others = tensor.detach().view(-1).split(BLOCK)
-            func(first, *rest, **options)
-            for other in others:
-                other.copy_(first[: other.numel()])
-        return tensor
-
-
 @contextmanager
 def training(config: Config) -> Iterator[Trainer]:
     """A trainer of the run alone in this process, up to its first step; process groups come and go with it."""
     grid = groups.initialise(config.parallel, seed=config.run.seed)
     try:
         with Watchdog(directory=config.run.directory, timeout=config.training.hang_timeout) as watchdog:
-            with QuickDraws():
-                trainer = Trainer(config, grid=grid, signals=StopSignals(), watchdog=watchdog)
+            trainer = Trainer(config, grid=grid, signals=StopSignals(), watchdog=watchdog)
             trainer.journal.resume(0)
             yield trainer
             trainer.journal.close()
