@@ -25,7 +25,11 @@ def draw(rows: list[Row], path: Path, *, title: str) -> None:
             whence = f" ({row.status})" if row.quartiles_ms is None else ""
             utilised = "" if row.share_of_product is None else f", {row.share_of_product:.0%} of the product's rate"
             speed.text(
-                row.frames_per_second, place, f" {row.frames_per_second:,.0f}{utilised}{whence}", va="center", fontsize=8
+                row.frames_per_second,
+                place,
+                f" {row.frames_per_second:,.0f}{utilised}{whence}",
+                va="center",
+                fontsize=8,
             )
         else:
             lines = textwrap.wrap(row.status, 90)[:2]

@@ -30,7 +30,8 @@ GPUS = (
     Gpu(
         "H100 SXM 80 GB", "NVIDIA H100 80GB HBM3", 989.4, 1978.9, 3350.0, 80.0, "NVIDIA H100 white paper, 2022, table 2"
     ),
-    # TSUBAME4.0's and Snellius': the H100 SXM5's chip with six stacks of HBM2e. Its bandwidth was found in no source.
+    # The chip of the H100 SXM with other memory, as TSUBAME4.0 has it; no source gave its bandwidth. Its name is as
+    # users report it: not seen here.
     Gpu("H100 SXM 94 GB", "NVIDIA H100", 989.4, 1978.9, None, 94.0, "TSUBAME4.0 hardware: 952.4 PFLOPS FP16 of 960"),
     Gpu("H200 SXM", "NVIDIA H200", 989.4, 1978.9, 4800.0, 141.0, "NVIDIA H200 data sheet, 2024"),
     Gpu("B200", "NVIDIA B200", 2250.0, 4500.0, 8000.0, 180.0, "NVIDIA DGX B200 data sheet, 2024: an eighth of it"),
