@@ -151,12 +151,16 @@ def test_the_peer_learns_in_bf16_and_keeps_fp32(trainer: Trainer) -> None:
 
 
 @needs_moshi
-def test_the_peer_averages_over_microbatches(trainer: Trainer) -> None:
-    batch = trainer.batches(0)[0]
-    once, twice = (MoshiPeer(trainer.config, device=torch.device("cpu")) for _ in range(2))
-    assert once.step([batch]) == pytest.approx(twice.step([batch, batch]), rel=1e-6)
-    for a, b in zip(once.parameters, twice.parameters, strict=True):
-        assert torch.allclose(a, b, atol=1e-6)
+def test_the_peer_averages_over_microbatches(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megaspeech.benchmarks.peer.MAX_NORM", 1e9)  # clipped, all gradients look alike
+    batch, seen = trainer.batches(0)[0], []
+    for microbatches in ([batch], [batch, batch]):
+        peer = MoshiPeer(trainer.config, device=torch.device("cpu"))
+        peer.optimizer.register_step_pre_hook(
+            lambda *_, peer=peer: seen.append(norm([main.grad for main in peer.main]))
+        )
+        peer.step(microbatches)
+    assert seen[0] == pytest.approx(seen[1], rel=1e-5)
 
 
 PART_MS = dict(zip(PARTS, (5.0, 70.0, 5.0, 15.0, 5.0, 7.0, 3.0), strict=True))
