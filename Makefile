@@ -40,7 +40,8 @@ gpu: ## what needs a GPU: its tests, recipes compared, the benchmarks (where CUD
 	$(PYTHON) kernels/benchmarks/run.py --output docs/measurements
 	for model in moshi-7b 8b; do $(PYTHON) $(STEP) --model $$model --recipe $(RECIPES) \
 	  --peer moshi --peer-layers 4,12 --json docs/measurements/throughput_$$model.json || exit 1; done
-	$(PYTHON) $(STEP) --model 40b --layers 4 --recipe $(RECIPES) --json docs/measurements/throughput_40b_4_layers.json
+	$(PYTHON) $(STEP) --model 40b --layers 4 --sample-frames 1024 --recipe $(RECIPES) \
+	  --json docs/measurements/throughput_40b_4_layers.json
 
 # The digits to train on. Where espeak-ng or DALI is missing: carry runs/quickstart/{shards,codec,tokenizer.model} there.
 runs/quickstart/shards/valid:
