@@ -24,7 +24,7 @@ BASE = (
 class Case:
     """`num_layers` of the temporal transformer, None for all; `frames` a step in all, in samples of `sample_frames`.
 
-    `overrides` of the config come last. `steps` are timed whole, and half as many again by part.
+    `overrides` of the config come last; `precision.fp8_...` are for the FP8 recipes, and left out of others. `steps` are timed whole, and half as many again by part.
     """
 
     provider: str
@@ -68,7 +68,9 @@ class Case:
             f"training.micro_batch_size={self.micro_batch_size}",
             f"training.global_batch_size={self.frames // self.sample_frames}",
         )
-        return read_config(path, [*BASE, *own, *layers, *self.overrides], world_size=1)
+        is_fp8 = "fp8" in self.recipe
+        overrides = [each for each in self.overrides if is_fp8 or not each.startswith("precision.fp8_")]
+        return read_config(path, [*BASE, *own, *layers, *overrides], world_size=1)
 
     def prepare(self, directory: Path) -> Config:
         """The config, its shards written: samples of `sample_frames` each."""

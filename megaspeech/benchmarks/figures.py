@@ -93,7 +93,7 @@ def row_of(case: Case, config: Config, outcome: Measured | str, *, floors: dict[
         "model": case.model,
         "num_layers": config.temporal.num_layers,
         "recipe": case.recipe,
-        "frames": case.frames,
+        "frames": step_frames(config),
         "sample_frames": config.data.num_frames,
         "micro_batch_size": config.training.micro_batch_size,
     }
@@ -136,10 +136,14 @@ def extrapolated(rows: list[Row], config: Config, *, floors: dict[str, Any], gpu
     return Row(**sizes, micro_batch_size=more.micro_batch_size, num_layers=layers, status=status, **figures)
 
 
+def step_frames(config: Config) -> int:
+    """Frames of a step."""
+    return config.training.global_batch_size * config.data.num_frames
+
+
 def step_flops(config: Config) -> int:
     """Operations of a step, forward and backward."""
-    frames = config.training.global_batch_size * config.data.num_frames
-    return PASSES * frames * sum(count_flops(config, num_frames=config.data.num_frames).values())
+    return PASSES * step_frames(config) * sum(count_flops(config, num_frames=config.data.num_frames).values())
 
 
 def by_provider(rows: list[Row], *, num_layers: int) -> tuple[Row | None, Row | None, Row | None]:
@@ -153,8 +157,7 @@ def by_provider(rows: list[Row], *, num_layers: int) -> tuple[Row | None, Row | 
 
 def _rates_of(config: Config, seconds: float, *, floors: dict[str, Any], gpu: Gpu | None) -> dict[str, float | None]:
     """The figures of a step that takes so long."""
-    frames = config.training.global_batch_size * config.data.num_frames
-    tflops = step_flops(config) / seconds / 1e12
+    frames, tflops = step_frames(config), step_flops(config) / seconds / 1e12
     sheet, floor = _products(config, floors=floors, gpu=gpu)
     return {
         "step_ms": 1e3 * seconds,

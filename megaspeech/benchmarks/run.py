@@ -75,12 +75,12 @@ def run(cases: list[Case], *, minutes: float, hear: Callable[[str], None]) -> Re
 def _whole_peers(cases: list[Case], rows: list[Row], *, floors: dict[str, float | None], gpu: Gpu | None) -> list[Row]:
     """What a peer would take for as many layers as we were measured at, where it was not measured itself."""
     peers = [case for case in cases if case.provider != OURS]
+    if not peers:
+        return []
     known = [row for row in rows if row.provider != OURS]
-    found = []
-    for layers in dict.fromkeys(case.num_layers for case in cases if case.provider == OURS):
-        for peer in peers[:1]:
-            config = config_of(replace(peer, num_layers=layers))
-            found.append(extrapolated(known, config, floors=floors, gpu=gpu))
+    wanted = dict.fromkeys(case.num_layers for case in cases if case.provider == OURS)
+    configs = [config_of(replace(peers[0], num_layers=layers)) for layers in wanted]
+    found = [extrapolated(known, config, floors=floors, gpu=gpu) for config in configs]
     return [row for row in found if row]
 
 

@@ -192,6 +192,13 @@ def test_the_figures_of_a_row(tmp_path: Path) -> None:
     assert row("fp32", 2.0, directory=tmp_path).share_of_product is None
 
 
+def test_what_is_for_fp8_is_left_out_of_bf16(tmp_path: Path) -> None:
+    case = replace(CASE, overrides=("precision.fp8_param_gather=true", "precision.num_layers_at_end_in_bf16=1"))
+    for recipe, gathers in (("bf16", False), ("fp8-tensorwise", True), ("mxfp8", True)):
+        precision = replace(case, recipe=recipe).config(tmp_path).precision
+        assert (precision.fp8_param_gather, precision.num_layers_at_end_in_bf16) == (gathers, 1)
+
+
 def test_a_peer_that_does_not_fit_is_told_from_fewer_layers(tmp_path: Path) -> None:
     known = [
         row("bf16", seconds, provider=MOSHI, layers=layers, directory=tmp_path) for layers, seconds in ((4, 2), (12, 6))
