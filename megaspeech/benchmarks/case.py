@@ -24,7 +24,8 @@ BASE = (
 class Case:
     """`num_layers` of the temporal transformer, None for all; `frames` a step in all, in samples of `sample_frames`.
 
-    `overrides` of the config come last; `precision.fp8_...` are for the FP8 recipes, and left out of others. `steps` are timed whole, and half as many again by part.
+    `overrides` of the config come last; `precision.fp8_...` are for the FP8 recipes, and left out of others. `steps`
+    are timed whole, and half as many again by part.
     """
 
     provider: str
