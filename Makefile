@@ -27,12 +27,21 @@ check: $(VENV)/.ready ## ruff and the house rules
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest tests/unit/test_house.py
 
-gpu: ## what needs a GPU: its tests, recipes compared, the kernels' benchmarks (where CUDA is, not in .venv)
+# State that lets an 8B's step fit one H200; the depths that tell what all layers of the peer would take, which do not.
+STEP := tools/measure_throughput.py model.kernels=triton parallel.grad_reduce_in_fp32=false \
+	optimizer.use_precision_aware_optimizer=true optimizer.exp_avg_dtype=bf16 optimizer.exp_avg_sq_dtype=bf16
+RECIPES := bf16,fp8-delayed,fp8-tensorwise,fp8-blockwise
+
+gpu: ## what needs a GPU: its tests, recipes compared, the benchmarks (where CUDA is, not in .venv)
 	$(PYTHON) -m pytest -m gpu tests/gpu
 	$(MAKE) runs/quickstart/shards/valid PYTHON=$(PYTHON)
 	$(PYTHON) tools/compare_recipes.py examples/quickstart/config.toml optimizer.lr=5e-4 \
 	  model.transformer_impl=transformer_engine --output runs/recipes --json docs/measurements/recipes_gpu.json
 	$(PYTHON) kernels/benchmarks/run.py --output docs/measurements
+	for model in moshi-7b 8b; do $(PYTHON) $(STEP) --model $$model --recipe $(RECIPES) \
+	  --peer moshi --peer-layers 4,12 --json docs/measurements/throughput_$$model.json || exit 1; done
+	$(PYTHON) $(STEP) --model 40b --layers 4 --sample-frames 1024 --recipe $(RECIPES) \
+	  --json docs/measurements/throughput_40b_4_layers.json
 
 # The digits to train on. Where espeak-ng or DALI is missing: carry runs/quickstart/{shards,codec,tokenizer.model} there.
 runs/quickstart/shards/valid:

@@ -102,6 +102,23 @@ def floors(*, device: str, milliseconds: int) -> dict[str, float]:
     }
 
 
+def fp8_product(*, device: str, milliseconds: int) -> float | None:
+    """TFLOP/s of a square product of E4M3 matrices with one scale each, accumulated fast, median; None where there is
+    no such product."""
+    side = MATRIX_SIDE if device == "cuda" else 64
+    a, b = torch.randn(2, side, side, device=device).to(torch.float8_e4m3fn)
+    one = torch.ones((), device=device)
+
+    def multiply() -> torch.Tensor:
+        return torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    try:
+        _, multiplying_ms, _ = quantiles_ms(multiply, device=device, milliseconds=milliseconds)
+    except (RuntimeError, ValueError, NotImplementedError):  # older chips, some of torch's builds
+        return None
+    return rate(2 * side**3, multiplying_ms, unit="TFLOP/s")
+
+
 def rate(work: int, milliseconds: float, *, unit: str) -> float:
     """Bytes or FLOPs in some milliseconds, in `unit`: "GB/s" or "TFLOP/s"."""
     return work / milliseconds * 1e3 / {"GB/s": 1e9, "TFLOP/s": 1e12}[unit]

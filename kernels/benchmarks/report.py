@@ -65,16 +65,17 @@ def _markdown(report: Report, *, picture: str) -> str:
         "directions. Made by `python kernels/benchmarks/run.py`; quartiles and errors are in the JSON beside this.",
         f"![rates]({picture})",
         "## Aims, judged by the worst case",
-        _grid(AIMS_HEADER, [_aim_cells(judged) for judged in judge(report.rows)]),
+        grid(AIMS_HEADER, [_aim_cells(judged) for judged in judge(report.rows)]),
     ]
     for operation, lines in _lines(report).items():
         legend = "; ".join(f"{provider.name}: {provider.what}" for provider in PROVIDERS[operation])
         title = f"## {operation}, {_unit(report, operation)}"
-        parts += [title, f"{legend}.", _grid(HEADER, [line for line, _ in lines])]
+        parts += [title, f"{legend}.", grid(HEADER, [line for line, _ in lines])]
     return "\n\n".join(parts) + "\n"
 
 
-def _grid(header: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
+def grid(header: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
+    """A Markdown table."""
     rule = ("---",) * len(header)
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in (header, rule, *lines))
 

@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
 from megaspeech.kernels.benchmarks import report
+from megaspeech.kernels.benchmarks.machine import describe_machine
 from megaspeech.kernels.benchmarks.operations import OPERATIONS
 from megaspeech.kernels.benchmarks.providers import PROVIDERS
 from megaspeech.kernels.benchmarks.running import Plan, run
@@ -44,7 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("floors", total=plan.num_steps)
         found = run(
-            plan, machine=_machine(plan.device), advance=lambda done: progress.update(task, advance=1, description=done)
+            plan,
+            machine=describe_machine(plan.device, packages=("triton", "liger-kernel")),
+            advance=lambda done: progress.update(task, advance=1, description=done),
         )
     console = Console(width=None if sys.stdout.isatty() else 160)
     report.show(found, console)
@@ -86,27 +86,6 @@ def _plan(options: argparse.Namespace) -> Plan:
         milliseconds=QUICK_MILLISECONDS if options.quick else MILLISECONDS,
         minutes=options.minutes,
     )
-
-
-def _machine(device: str) -> dict[str, Any]:
-    """What the figures depend on; None where it cannot be found out."""
-    packages = {package.metadata["Name"]: package.version for package in metadata.distributions()}
-    driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "driver": _said(driver) if device == "cuda" else None,
-        **{name: packages.get(name) for name in ("torch", "triton", "liger-kernel")},
-        "cuda": torch.version.cuda,
-        "commit": _said(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]),
-    }
-
-
-def _said(command: list[str]) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 if __name__ == "__main__":

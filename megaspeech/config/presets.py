@@ -33,6 +33,15 @@ def _streams(text_cardinality: int, num_codebooks: int, num_given_codebooks: int
     }
 
 
+def _japanese_english(temporal: dict[str, Any], *, depth: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """A vocabulary of 48,000, 16 codebooks said and 16 heard, four minutes in sight."""
+    return {"streams": _streams(48000, 16, 16, 2048, 1), "temporal": {**temporal, "context": 3000}, "depth": depth}
+
+
+_MOSHI_DEPTH = _transformer(6, 1024, 2816, 16)
+_WIDE_DEPTH = _transformer(6, 2048, 5632, 16)
+"""As much wider as the temporal transformer's 8192 is than Moshi's 4096."""
+
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # For tests: every mechanism (GQA, delays, a window shorter than the sample), nothing to spare.
     "tiny": {
@@ -61,6 +70,12 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "moshi-7b": {
         "streams": _streams(32000, 8, 8, 2048, 1),
         "temporal": {**_transformer(32, 4096, 11264, 32), "context": 3000},
-        "depth": _transformer(6, 1024, 2816, 16),
+        "depth": _MOSHI_DEPTH,
     },
+    # Llama 3's shapes (arXiv 2407.21783, table 3) read and write 16 codebooks a speaker and a Japanese and English
+    # vocabulary. 13b is Llama 2 13B's (arXiv 2307.09288) with grouped queries.
+    "8b": _japanese_english(_transformer(32, 4096, 14336, 32, 8), depth=_MOSHI_DEPTH),
+    "13b": _japanese_english(_transformer(40, 5120, 13824, 40, 8), depth=_MOSHI_DEPTH),
+    "40b": _japanese_english(_transformer(44, 8192, 28672, 64, 8), depth=_WIDE_DEPTH),
+    "70b": _japanese_english(_transformer(80, 8192, 28672, 64, 8), depth=_WIDE_DEPTH),
 }

@@ -14,7 +14,12 @@ SILENCE = 7
 
 
 def write_synthetic_shards(
-    directory: Path, *, streams: StreamsSection, names: tuple[str, ...] = ("asr-en", "tts-en"), num_frames: int = 16
+    directory: Path,
+    *,
+    streams: StreamsSection,
+    names: tuple[str, ...] = ("asr-en", "tts-en"),
+    num_frames: int = 16,
+    shorter: int = 4,
 ) -> None:
     """`train/` and `valid/` shards whose own codebooks follow from the heard ones, so that a loss can fall.
 
@@ -24,12 +29,15 @@ def write_synthetic_shards(
         directory: what `data.directory` names; made if missing.
         streams: which rows a sample has, and how many tokens each.
         names: task keys, one shard each of 40 samples for training and 6 for validation.
-        num_frames: length of the longest sample; the shortest has 4 frames less.
+        num_frames: length of the longest sample.
+        shorter: by how many frames the shortest is; with 0 all have `num_frames`.
     """
     for split, count in (("train", 40), ("valid", 6)):
         for place, name in enumerate(names):
             generator = np.random.default_rng([place, count])
-            samples = [_sample(generator, streams=streams, num_frames=num_frames) for _ in range(count)]
+            samples = [
+                _sample(generator, streams=streams, num_frames=num_frames, shorter=shorter) for _ in range(count)
+            ]
             write_shard(directory / split / name, samples, header=synthetic_header(name, streams=streams))
 
 
@@ -50,11 +58,11 @@ def synthetic_header(name: str, *, streams: StreamsSection) -> ShardHeader:
     )
 
 
-def _sample(generator: np.random.Generator, *, streams: StreamsSection, num_frames: int) -> np.ndarray:
+def _sample(generator: np.random.Generator, *, streams: StreamsSection, num_frames: int, shorter: int) -> np.ndarray:
     codes = generator.integers(0, streams.cardinality, (streams.num_streams, num_frames))
     own = slice(1, 1 + streams.num_codebooks)
     codes[own, 1:] = (codes[-1, :-1] + np.arange(streams.num_codebooks)[:, None]) % streams.cardinality
     codes[own, num_frames // 2] = SILENCE
     codes[0] = np.where(generator.random(num_frames) < 0.6, streams.text_pad_id, codes[0] % streams.text_cardinality)
     codes[-1, -3:] = -1
-    return codes[:, : int(generator.integers(num_frames - 4, num_frames + 1))]
+    return codes[:, : int(generator.integers(num_frames - shorter, num_frames + 1))]

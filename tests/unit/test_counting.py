@@ -20,8 +20,26 @@ SHAPES = {"tiny": ("tiny", []), "digits": ("digits", []), "all different": ("tin
 EXPERTS = {"experts": ("tiny-moe", ["temporal.num_moe_experts=3"])}
 
 
+HAND = {
+    # Embedding: (48,001 + 32 x 2,049) x H. Temporal: L (2 H^2 + 2 H (H G / A) + 3 H F + 2 H) + H. Text head: 48,000 H.
+    # Depth: 16 H D + (48,001 + 15 x 2,049) D + 6 (16 (4 D^2 + 3 D E) + 2 D) + 16 x 2,048 D.
+    "8b": (465_178_624, 6_979_588_096, 196_608_000, 1_414_426_624),
+    "13b": (581_473_280, 11_010_462_720, 245_760_000, 1_431_203_840),
+    "40b": (930_357_248, 37_648_801_792, 393_216_000, 5_429_321_728),
+    "70b": (930_357_248, 68_452_360_192, 393_216_000, 5_429_321_728),
+}
+"""Parameters by part, worked out apart from the code: width H, L layers of gate F, A heads, G groups; D and E depth."""
+
+
 def test_moshi_7b(tmp_path: Path) -> None:
     assert sum(count_parameters(make_config(tmp_path, preset="moshi-7b")).values()) == 7_687_729_152
+
+
+@pytest.mark.parametrize("preset", HAND)
+def test_the_larger_presets(preset: str, tmp_path: Path) -> None:
+    config = make_config(tmp_path, preset=preset)
+    assert tuple(count_parameters(config).values()) == HAND[preset]
+    assert config.streams.text_cardinality % 128 == 0 and len(config.streams.delays) == 33
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -21,6 +21,7 @@ GROUPS = (
     ("parallel",),
     ("checkpoint",),
     ("training", "planning", "streaming"),
+    ("benchmarks",),
     ("train", "tools", "examples"),
 )
 """A room may import those of the groups before its own."""
@@ -106,6 +107,8 @@ def may_import(room: str, other: str) -> bool:
         ("training", "kernels", False),
         ("training", "streaming", False),
         ("streaming", "checkpoint", True),
+        ("benchmarks", "training", True),
+        ("streaming", "benchmarks", False),
         ("tools", "training", True),
         ("train", "tools", False),
     ],
@@ -132,7 +135,8 @@ def f():
 
 def test_the_tree_is_found() -> None:
     rooms = {room_of(module_name(path)) for path in LIBRARY}
-    assert {"config", "codecs", "data", "model", "parallel", "checkpoint", "training", "streaming", "train"} <= rooms
+    assert {"config", "codecs", "data", "model", "parallel", "checkpoint", "training", "planning"} <= rooms
+    assert {"streaming", "benchmarks", "train"} <= rooms
     assert room_of(module_name(ROOT / "kernels/depth_attention/reference.py")) == "kernels"
 
 

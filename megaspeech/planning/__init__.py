@@ -1,0 +1,1 @@
+"""What a run needs, before it runs: bytes, operations, and the GPUs that have them."""
