@@ -190,7 +190,10 @@ def _matrices(models: Sequence[MegatronModule]) -> Iterator[tuple[tuple[int, int
 
 
 def _scale_in_use(module: torch.nn.Module, key: str, index: int) -> Tensor | None:
-    """The scale that delayed scaling keeps for an operand of a TransformerEngine module; no other recipe keeps one."""
+    """The scale that delayed scaling keeps for an operand of a TransformerEngine module; no other recipe keeps one.
+
+    Of a layer that is recomputed it is the next microbatch's: the old one is lent to the recomputation alone.
+    """
     scale = getattr(getattr(module, "fp8_meta", {}).get(key), "scale", None)
     return None if scale is None else scale[index]
 

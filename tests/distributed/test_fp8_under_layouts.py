@@ -52,9 +52,10 @@ def test_health_is_that_of_one_rank(directory: Path) -> None:
         assert [ours[name] for name in names] == [theirs[name] for name in names]
         for figure in ("amax", "scale"):
             assert ours[figure] == pytest.approx(theirs[figure], rel=1e-4)
-        # Sums in another order leave a rounding error where others cancel out: a number more, or less, that is not 0.
+        # Gradients that cancel out leave a rounding error or none, as the order of the sum will have it.
+        few = 1e-3 if ours["name"] == "gradient" else 1e-9
         for figure in ("underflow", "overflow"):
-            assert ours[figure] == pytest.approx(theirs[figure], rel=5e-3)
+            assert ours[figure] == pytest.approx(theirs[figure], abs=few)
     assert sum(row["underflow"] > 0 for row in expected["operands"]) > 4
 
 
