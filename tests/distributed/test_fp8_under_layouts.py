@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from launching import train, write_tiny_run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 FAKE_FP8 = (str(Path(__file__).parent / "fake_fp8.py"),)
 BROKEN_FROM = 9
@@ -63,7 +64,7 @@ def test_a_drift_is_flagged(directory: Path) -> None:
     """An interleaved pipeline, whose schedule takes two microbatches at a time."""
     overrides = ("precision.recipe=fp8-delayed", "model.transformer_impl=transformer_engine", "training.exit_step=11")
     layout = ("parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2")
-    looks = ("precision.shadow_interval=2", "logging.fp8_health_interval=9")
+    looks = ("precision.shadow_interval=2", "logging.fp8_health_interval=9", "logging.tensorboard=true")
     variables = {"BROKEN_FROM": str(BROKEN_FROM)}
     run = run_of(directory, "drift", *overrides, *layout, *looks, ranks=2, entry=FAKE_FP8, variables=variables)
 
@@ -77,6 +78,13 @@ def test_a_drift_is_flagged(directory: Path) -> None:
     read = [row for row in health["operands"] if (row["layer"], row["matrix"]) == (3, "linear_fc1")]
     assert [row["underflow"] > 0.99 for row in read] == [True, False, False]
     assert read[0]["scale"] == 2**-12 < read[0]["scale_wanted"] and read[2]["scale_wanted"] is None
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("fp8/shadow/text_drift")] == sorted(drifts)
+    (event,) = events.Scalars("fp8/layer_03/input/amax")
+    inputs = [row["amax"] for row in health["operands"] if (row["layer"], row["name"]) == (3, "input")]
+    assert event.value == pytest.approx(max(inputs))
 
     (line,) = [line for line in (run / "stdout").read_text().splitlines() if "FP8 drifts" in line]
     assert line.startswith("step     10  FP8 drifts from BF16") and "100% of its numbers at step 9" in line
