@@ -132,10 +132,10 @@ class Tally:
         """Every operand that was seen, in the order of the layers. The one transfer from the device."""
         figures = torch.cat([self.largest.double(), self.counts.double()], -1).cpu()
         places = itertools.product(*map(range, figures.shape[:-1]))
-        return [self._operand(place, figures[place].tolist()) for place in places if figures[place][0] >= 0]
+        return [self._operand(place, figures[place].tolist()) for place in places if figures[place][0] != -1]
 
     def _add(self, place: tuple[int, int, int], x: Tensor, *, scale: Tensor | None) -> None:
-        """Account for (a part of) the operand `x`, at its layer, matrix and operand."""
+        """Account for (a part of) the operand `x`, at its layer, matrix and operand: N rows, C columns."""
         x_NC, cast = x.detach().flatten(0, -2), self.casts[OPERANDS[place[2]]]
         # Of the whole operand, so that every layout shows the same. TransformerEngine itself scales a weight's part on
         # its rank by the amax of that part, which loses no more.

@@ -61,20 +61,18 @@ class Fp8Shadow:
         shadow_reports, totals = shadow
         bf16 = reduce_metrics(shadow_reports, totals=totals, streams=self.streams)
         fp8 = reduce_metrics(reports[: len(shadow_reports)], totals=totals, streams=self.streams)
-        drifts = {"text": relative(fp8.text, bf16.text), "audio": relative(fp8.audio, bf16.audio)}
+        text, audio = relative(fp8.text, bf16.text), relative(fp8.audio, bf16.audio)
+        figures = {"text_loss": bf16.text, "audio_loss": bf16.audio, "text_drift": text, "audio_drift": audio}
         by_stream = {f"drift/{name}": relative(fp8.losses[name], loss) for name, loss in bf16.losses.items()}
-        figures = {"text_loss": bf16.text, "audio_loss": bf16.audio}
-        self.journal.scalars(
-            "fp8/shadow", step, {**figures, **{f"{k}_drift": v for k, v in drifts.items()}, **by_stream}
-        )
-        self._judge(step, max(map(abs, drifts.values())), fp8=fp8, bf16=bf16)
+        self.journal.scalars("fp8/shadow", step, figures | by_stream)
+        self._judge(step, max(abs(text), abs(audio)), fp8=fp8, bf16=bf16)
 
     def _judge(self, step: int, drift: float, *, fp8: StreamMetrics, bf16: StreamMetrics) -> None:
         """Tell of a drift when it leaves the band, and again when it reaches another multiple of it."""
         bands = min(drift / self.band, MOST_BANDS)
         if bands < 1:
             self._told = 0
-        elif bands >= self._told + 1 and math.isfinite(bf16.loss):
+        elif bands >= self._told + 1:
             self._told = math.floor(bands)
             worst = f"; FP8 loses most in {self.health.worst}" if self.health.worst else ""
             self.journal.say(
