@@ -137,8 +137,8 @@ class Tally:
     def _add(self, place: tuple[int, int, int], x: Tensor, *, scale: Tensor | None) -> None:
         """Account for (a part of) the operand `x`, at its layer, matrix and operand: N rows, C columns."""
         x_NC, cast = x.detach().flatten(0, -2), self.casts[OPERANDS[place[2]]]
-        # Of the whole operand, so that every layout shows the same. TransformerEngine itself scales a weight's part on
-        # its rank by the amax of that part, which loses no more.
+        # Of all tensor parallel ranks' parts, so that the shares do not depend on how many there are. TransformerEngine
+        # itself scales a part that it does not gather by the amax of that part alone, which loses no more.
         amax = max_over_tensor_parallel(x_NC.abs().amax().float())
         self.counts[place] += lost_in_cast(x_NC, amax=amax, cast=cast, scale=scale)
         self.largest[place][0] = torch.maximum(self.largest[place][0], amax)
