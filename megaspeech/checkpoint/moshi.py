@@ -68,7 +68,7 @@ def _embeddings(state: Mapping[str, Tensor], *, config: Config) -> Iterator[tupl
     """The packed tables cut into one embedding a stream, padding rows left out."""
     streams = config.streams
     names = ["text_emb.weight", *(f"emb.{index}.weight" for index in range(streams.num_streams - 1))]
-    yield from _cut(state["embedding.table.weight"], names, streams.cardinalities)
+    yield from _cut(state["embedding.weight"], names, streams.cardinalities)
     read = streams.cardinalities[: streams.num_codebooks]
     names = ["depformer_text_emb.weight", *(f"depformer_emb.{index}.weight" for index in range(len(read) - 1))]
     yield from _cut(state["depth.embedding"], names, read)

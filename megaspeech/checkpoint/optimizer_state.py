@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from megaspeech.parallel.megatron_fsdp import take_rows, whole
+from megaspeech.parallel.optimizer import optimizer_parts
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAIN = "fp32_param"
@@ -43,7 +44,7 @@ def optimizer_state(
         is_loading: whether the values are about to be overwritten.
     """
     tensors = {}
-    for place, part in enumerate(_parts(optimizer)):
+    for place, part in enumerate(optimizer_parts(optimizer)):
         _make_state(part)
         if _is_by_range(part):
             by_parameter = part.sharded_param_state_fully_reshardable(model_state, is_loading, metadata)
@@ -56,7 +57,7 @@ def optimizer_state(
 @torch.no_grad()
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     """Put loaded values into place, main parameters included; the model's own parameters are the caller's."""
-    for place, part in enumerate(_parts(optimizer)):
+    for place, part in enumerate(optimizer_parts(optimizer)):
         loaded = state["tensors"].get(f"part{place}", {})
         _make_state(part)
         if _is_by_range(part):
@@ -89,12 +90,6 @@ def _fill(part: MegatronOptimizer, tensor: Tensor, values: Tensor) -> None:
         _local(tensor).copy_(values)
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """Experts have an optimizer of their own; a stage without layers has one without parameters."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
-
-
 def _make_state(part: MegatronOptimizer) -> None:
     """The moments that the first update would make, so that they can be saved and loaded before it."""
     part.init_state_fn(part.optimizer, part.config)
@@ -102,7 +97,7 @@ def _make_state(part: MegatronOptimizer) -> None:
 
 
 def _num_updates(optimizer: MegatronOptimizer) -> int:
-    for part in _parts(optimizer):
+    for part in optimizer_parts(optimizer):
         for group in part.optimizer.param_groups:
             if "step" in group:  # the fused Adams count by group
                 return int(group["step"])

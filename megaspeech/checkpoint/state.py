@@ -74,6 +74,7 @@ def load_run_state(wrapped: Wrapped, state: dict[str, Any]) -> int:
 
 def _model_and_places(wrapped: Wrapped) -> tuple[dict[str, Any], dict[int, ShardedBase]]:
     """(sharded state of each chunk; each parameter's place in it, by `id`)."""
+    wrapped.gather_parameters()
     state, places = {}, {}
     for index, (model, chunk) in enumerate(zip(wrapped.models, wrapped.chunks, strict=True)):
         if isinstance(chunk, FULLY_SHARDED):

@@ -19,7 +19,7 @@ def cross_section_faults(sections: Mapping[str, Any], *, world_size: int | None 
         world_size: number of ranks, or None when the config is read outside a launch.
     """
     faults: list[str] = []
-    for check in (_kernels, _profile, _precision, _layout, _heads, _layers, _experts, _vocabulary, _batch, _streams):
+    for check in CHECKS:
         try:
             faults.extend(check(sections, world_size))
         except KeyError:  # a section this check reads has faults of its own, reported already
@@ -44,6 +44,11 @@ def _profile(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
 
 def _precision(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
     precision, stages = sections["precision"], sections["parallel"].pipeline_model_parallel_size
+    if precision.fp8_param_gather and (precision.fp8_recipe is None or not _is_distributed(sections["parallel"])):
+        yield (
+            "precision.fp8_param_gather: needs an FP8 recipe and parallel.use_distributed_optimizer with data_parallel "
+            '= "ddp"; set it false'
+        )
     if precision.fp8_recipe is None:
         if precision.shadow_interval:
             yield (
@@ -51,10 +56,10 @@ def _precision(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
                 "compare with BF16; set it to 0"
             )
         return
-    if sections["model"].transformer_impl != "transformer_engine":
+    if sections["model"].transformer_impl == "local":
         yield (
-            f'precision.recipe: "{precision.recipe}" is TransformerEngine\'s; set model.transformer_impl = '
-            '"transformer_engine", or use "bf16"'
+            f'precision.recipe: "{precision.recipe}" is TransformerEngine\'s; set model.transformer_impl = "auto", or '
+            'use "bf16"'
         )
     for end in ("start", "end"):
         key = f"num_layers_at_{end}_in_bf16"
@@ -63,6 +68,60 @@ def _precision(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
             yield f'precision.{key}: {count}, but "fp8-delayed" takes every layer; set it to 0, or use "fp8-tensorwise"'
         elif count > most:
             yield f"precision.{key}: {count} is more than the {most} layers of a pipeline stage; lower it"
+
+
+def _user_buffers(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
+    parallel, data = sections["parallel"], sections["data"]
+    if not parallel.tp_comm_overlap:
+        return
+    if not parallel.sequence_parallel:
+        yield "parallel.tp_comm_overlap: is for sequence_parallel; set that true, or this false"
+    if data.length_multiple % data.num_frames:
+        yield (
+            f"data.length_multiple: {data.length_multiple}, but parallel.tp_comm_overlap has buffers of one length; "
+            f"set it to data.num_frames = {data.num_frames}"
+        )
+    if sections["model"].transformer_impl == "local":
+        yield 'parallel.tp_comm_overlap: is TransformerEngine\'s; set model.transformer_impl = "auto", or this false'
+
+
+def _graphs(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
+    parallel = sections["parallel"]
+    against = {
+        "overlap_param_gather": parallel.overlap_param_gather,
+        "recompute_granularity": parallel.recompute_granularity == "full",
+        "data_parallel": parallel.data_parallel != "ddp",
+    }
+    if sections["model"].depth_graph_multiple and any(against.values()):
+        named = ", ".join(f"parallel.{key} = {getattr(parallel, key)}" for key, value in against.items() if value)
+        yield f"model.depth_graph_multiple: a graph cannot hold what {named} does between layers; set it to 0"
+
+
+def _is_distributed(parallel: Any) -> bool:
+    """Whether the optimizer is megatron-core's distributed one."""
+    return parallel.data_parallel == "ddp" and parallel.use_distributed_optimizer
+
+
+def _optimizer(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
+    optimizer, parallel = sections["optimizer"], sections["parallel"]
+    aware, distributed = optimizer.use_precision_aware_optimizer, _is_distributed(parallel)
+    if aware and not distributed:
+        yield (
+            "optimizer.use_precision_aware_optimizer: needs parallel.use_distributed_optimizer with data_parallel = "
+            '"ddp"; set it false'
+        )
+    for key in ("exp_avg_dtype", "exp_avg_sq_dtype"):
+        if getattr(optimizer, key) != "fp32" and not aware:
+            yield f'optimizer.{key}: "{getattr(optimizer, key)}" needs use_precision_aware_optimizer; set that true'
+    if not parallel.grad_reduce_in_fp32 and not aware:
+        yield (
+            "parallel.grad_reduce_in_fp32: gradients in BF16 need optimizer.use_precision_aware_optimizer; set it true"
+        )
+    if parallel.overlap_param_gather and not (distributed and parallel.overlap_grad_reduce):
+        yield (
+            "parallel.overlap_param_gather: needs overlap_grad_reduce and use_distributed_optimizer with data_parallel "
+            '= "ddp"; set it false'
+        )
 
 
 def _layout(sections: Mapping[str, Any], world_size: int | None) -> Iterator[str]:
@@ -248,3 +307,10 @@ def _streams(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
     for key in ("text_pad_id", "text_end_pad_id"):
         if getattr(streams, key) >= streams.text_cardinality:
             yield f"streams.{key}: {getattr(streams, key)} is not below text_cardinality = {streams.text_cardinality}"
+
+
+CHECKS = (
+    *(_kernels, _graphs, _profile, _precision, _optimizer, _user_buffers, _layout),
+    *(_heads, _layers, _experts, _vocabulary, _batch, _streams),
+)
+"""Each takes the sections and the world size, and yields the faults it finds."""

@@ -47,6 +47,13 @@ class ParallelSection(Section):
     """Optimizer state sharded over the data parallel ranks of "ddp"; both kinds of FSDP shard it in any case."""
     overlap_grad_reduce: bool = False
     """Reduce gradients over the data parallel ranks of "ddp" while the backward pass goes on, bucket by bucket."""
+    overlap_param_gather: bool = False
+    """Gather the weights that the distributed optimizer's ranks have updated while the next forward pass goes on."""
+    tp_comm_overlap: bool = False
+    """Send what tensor parallel ranks exchange while matrices are multiplied, by TransformerEngine's user buffers.
+    Microbatches must all be as long: set `data.length_multiple` to `data.num_frames`."""
+    grad_reduce_in_fp32: bool = True
+    """Whether "ddp" sums gradients, over microbatches and ranks, in FP32; in BF16 they take half the memory."""
     recompute_granularity: Literal["selective", "full"] | None = None
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: Positive | None = None
@@ -98,6 +105,8 @@ class PrecisionSection(Section):
     num_layers_at_start_in_bf16: Natural = 0
     """Layers that stay in BF16, the most sensitive ones; not with "fp8-delayed"."""
     num_layers_at_end_in_bf16: Natural = 0
+    fp8_param_gather: bool = False
+    """Keep the weights that are multiplied in FP8 in FP8 alone, and gather them so from the distributed optimizer."""
     shadow_interval: Natural = 0
     """Steps between comparisons with BF16, for which the first microbatch of the step also goes forward with FP8 turned
     off; 0 compares never."""
@@ -134,3 +143,10 @@ class OptimizerSection(Section):
     adam_beta2: float = Field(0.95, gt=0, lt=1)
     adam_eps: float = Field(1e-8, gt=0)
     clip_grad: float = Field(1.0, ge=0)
+    use_precision_aware_optimizer: bool = False
+    """TransformerEngine's Adam, which can keep its state in fewer bits: the keys below say how."""
+    exp_avg_dtype: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
+    exp_avg_sq_dtype: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
+    store_param_remainders: bool = True
+    """Of the FP32 main weights keep the 16 bits alone that the BF16 weights lack. Not under the FP8 recipes, but for
+    "fp8-delayed": there the main weights stay whole."""

@@ -30,7 +30,11 @@ class ModelSection(Section):
     """Plain torch, or the Triton kernels of `kernels/`, which run on GPUs (and in Triton's interpreter)."""
     embedding_gradient: Literal["sorted", "atomic"] = "sorted"
     """How "triton" sums the gradient of the stream embeddings: the same bits every time, or in any order."""
-    transformer_impl: Literal["local", "transformer_engine"] = "local"
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Layers of TransformerEngine, or megatron-core's own; "auto" takes TransformerEngine's where it can run."""
+    depth_graph_multiple: Natural = 0
+    """Launch the depth transformer's layers as one graph of kernels, one graph for each number of frames that comes up,
+    rounded up to a multiple of this. A graph has memory of its own for activations and gradients. 0 makes none."""
     layernorm_epsilon: float = Field(1e-8, gt=0)
     init_method_std: float = Field(0.02, gt=0)
 

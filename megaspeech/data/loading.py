@@ -18,7 +18,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import Any
 
+import numpy as np
 import torch
 
 from megaspeech.data.mixture import Batch
@@ -99,7 +101,7 @@ class _Worker:
             raise _WorkerDied(f"{self._describe_end()} while it loaded step {step}") from None
         if isinstance(message, Exception):
             raise message
-        return [Batch(torch.from_numpy(codes), torch.from_numpy(weights), names) for codes, weights, names in message]
+        return [_batch(parts) for parts in message]
 
     def end(self) -> None:
         """At once: it holds nothing that is not on disk."""
@@ -150,8 +152,7 @@ def _send_batches(
         on_start()
     for step in steps:
         try:
-            # numpy's arrays go through the pipe itself; torch's tensors would need space in /dev/shm.
-            message = [(batch.codes_BST.numpy(), batch.weights_BPT.numpy(), batch.rejected) for batch in load(step)]
+            message = [_parts(batch) for batch in load(step)]
         except ValueError as error:
             message = ValueError(str(error))
         except Exception:
@@ -162,3 +163,14 @@ def _send_batches(
             return
         if isinstance(message, Exception):
             return
+
+
+def _parts(batch: Batch) -> dict[str, Any]:
+    """numpy's arrays go through the pipe itself; torch's tensors would need space in /dev/shm."""
+    return {name: value.numpy() if torch.is_tensor(value) else value for name, value in vars(batch).items()}
+
+
+def _batch(parts: dict[str, Any]) -> Batch:
+    return Batch(
+        **{name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in parts.items()}
+    )

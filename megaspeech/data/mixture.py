@@ -31,11 +31,14 @@ class Batch:
     """One microbatch: codes `[B, S, T]` int64 and loss weights `[B, P, T]` float32.
 
     `rejected` names the samples that could not be read, with the reason: zero tokens without weight stand for them.
+    `depth_frames_BT` bool tells which frames have a codebook that weighs, delays applied: those that enter the depth
+    transformer. It stays on the host, so that nobody has to ask the device how many they are.
     """
 
     codes_BST: Tensor
     weights_BPT: Tensor
     rejected: tuple[tuple[str, str], ...] = ()
+    depth_frames_BT: Tensor | None = None
 
     def to(self, device: torch.device | str | int) -> Batch:
         """The batch on the device that computes; from pinned memory this does not wait for what the device does."""
@@ -249,4 +252,14 @@ def collate(items: list[dict[str, Any]], *, length: int, config: Config) -> Batc
         codes[row, :, : item["codes"].shape[1]] = item["codes"]
         weights[row, :, : item["codes"].shape[1]] = item["weights"]
     rejected = tuple(name_and_reason for item in items for name_and_reason in item["rejected"])
-    return Batch(torch.from_numpy(codes), torch.from_numpy(weights), rejected)
+    frames = torch.from_numpy(depth_frames(weights, streams=streams))
+    return Batch(torch.from_numpy(codes), torch.from_numpy(weights), rejected, frames)
+
+
+def depth_frames(weights_BPT: np.ndarray, *, streams: StreamsSection) -> np.ndarray:
+    """`[B, T]` bool: frames in which some codebook's delayed token weighs."""
+    frames_BT = np.zeros(weights_BPT[:, 0].shape, dtype=bool)
+    for stream in range(1, 1 + streams.num_codebooks):
+        delay = streams.delays[stream]
+        frames_BT[:, delay:] |= weights_BPT[:, stream, : weights_BPT.shape[-1] - delay] > 0
+    return frames_BT

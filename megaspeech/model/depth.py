@@ -137,6 +137,10 @@ class DepthTransformer(MegatronModule):
         x_QND = self.input(hidden_NH) + self.embedding_kernel(
             rows_Q1N, self.embedding, offsets=torch.zeros_like(self.offsets[:1])
         )
+        return self.run_layers(x_QND)
+
+    def run_layers(self, x_QND: Tensor) -> Tensor:
+        """All layers, one after the other; `parallel.graphs` may put another way in its place."""
         recompute = self.config.recompute_granularity == "full" and torch.is_grad_enabled()
         for layer in self.layers:
             x_QND = tensor_parallel.checkpoint(layer, False, x_QND) if recompute else layer(x_QND)

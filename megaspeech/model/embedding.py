@@ -11,7 +11,6 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -35,7 +34,7 @@ def padded_rows(cardinalities: Sequence[int]) -> int:
     return rows + -rows % EMBEDDING_ROWS_MULTIPLE
 
 
-class StreamEmbedding(MegatronModule):
+class StreamEmbedding(VocabParallelEmbedding):
     """Raw codes to the temporal transformer's input; delays and initial tokens are applied on the way."""
 
     is_sharded_alone = True
@@ -44,11 +43,11 @@ class StreamEmbedding(MegatronModule):
     def __init__(
         self, streams: StreamsSection, *, megatron: TransformerConfig, kernels: Kernels, atomic_gradient: bool
     ) -> None:
-        super().__init__(megatron)
-        self.kernel = partial(kernels.stream_embedding.stream_embedding, atomic=atomic_gradient)
-        self.table = VocabParallelEmbedding(
+        super().__init__(
             padded_rows(streams.cardinalities), megatron.hidden_size, init_method=megatron.init_method, config=megatron
         )
+        self.config = megatron
+        self.kernel = partial(kernels.stream_embedding.stream_embedding, atomic=atomic_gradient)
         self.register_buffer("delays", torch.tensor(streams.delays), persistent=False)
         self.register_buffer("initial", torch.tensor(streams.cardinalities), persistent=False)
         self.register_buffer("offsets", torch.tensor(table_offsets(streams.cardinalities)), persistent=False)
@@ -60,11 +59,11 @@ class StreamEmbedding(MegatronModule):
             frames = on_context_rank(torch.arange(codes_BST.shape[-1], device=codes_BST.device))
         partial_TBH = self.kernel(
             codes_BST,
-            self.table.weight,
+            self.weight,
             delays=self.delays,
             initial=self.initial,
             offsets=self.offsets,
-            first_row=self.table.vocab_start_index,
+            first_row=self.vocab_start_index,
             frames=frames,
         )
         if self.config.sequence_parallel:

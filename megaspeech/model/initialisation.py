@@ -34,7 +34,7 @@ def initialise_from_codebooks(
     rows_QVE = _normalised(vectors_QVE)
     text_rows = streams.text_cardinality + 1
     if model.pre_process:
-        table = model.embedding.table
+        table = model.embedding
         mine = max(0, min(text_rows - table.vocab_start_index, table.weight.shape[0]))
         _rescale(table.weight[:mine], TEXT_SCALE)
         projected = _project(rows_QVE, table.weight.shape[1], seed=seed)

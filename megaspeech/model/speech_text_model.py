@@ -6,8 +6,11 @@ text first, then the predicted and the given codebooks; shifting and delaying ha
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
 from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
@@ -15,6 +18,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,6 +30,7 @@ from megaspeech.model.embedding import StreamEmbedding
 from megaspeech.model.frames import from_context_ranks, on_context_rank
 from megaspeech.model.losses import Losses, stream_losses
 from megaspeech.model.temporal import TemporalTransformer, transformer_config
+from megaspeech.model.transfer import to_device
 
 ZERO_TOKEN = -1
 """No input, no loss; as the first stream's token, padding (`data.tasks` writes it)."""
@@ -61,7 +66,7 @@ class SpeechTextModel(MegatronModule):
             self.text_head = tensor_parallel.ColumnParallelLinear(
                 megatron.hidden_size,
                 config.streams.text_cardinality,
-                config=megatron,
+                config=_without_apex(megatron),
                 init_method=megatron.init_method,
                 bias=False,
                 gather_output=False,
@@ -74,12 +79,16 @@ class SpeechTextModel(MegatronModule):
         """Hand over what the previous stage sent; the pipeline schedule calls this."""
         self.temporal.set_input_tensor(hidden[0] if isinstance(hidden, list) else hidden)
 
-    def forward(self, codes_BST: Tensor, weights_BPT: Tensor | None = None) -> Tensor | Losses | tuple[Tensor, Tensor]:
+    def forward(
+        self, codes_BST: Tensor, weights_BPT: Tensor | None = None, depth_frames_BT: Tensor | None = None
+    ) -> Tensor | Losses | tuple[Tensor, Tensor]:
         """One microbatch through this stage.
 
         Args:
             codes_BST: integer codes; -1 is no input and no loss.
             weights_BPT: weight of every predicted token in the loss, 0 for none; None asks for logits.
+            depth_frames_BT: bool, which frames have a codebook that weighs, delays applied. On the host, so that the
+                number of them need not be asked of the device, which waits; None asks it.
 
         Returns:
             `hidden_TBH` for the next chunk; of the last one its `Losses`, or without weights the logits, FP32: text
@@ -93,10 +102,12 @@ class SpeechTextModel(MegatronModule):
         if weights_BPT is None:
             return self._logits(hidden_TBH, tokens_BPT)
         weights_BPT = self._delayed(weights_BPT, fill=torch.zeros_like(self.initial))  # initial tokens weigh nothing
-        tokens_BPT, weights_BPT = on_context_rank(tokens_BPT), on_context_rank(weights_BPT)
+        if depth_frames_BT is None:
+            depth_frames_BT = (weights_BPT[:, 1:] > 0).any(1)
+        tokens_BPT, weights_BPT, depth_frames_BT = map(on_context_rank, (tokens_BPT, weights_BPT, depth_frames_BT))
         return stream_losses(
             self._text_loss(hidden_TBH, tokens_BPT[:, 0], weights_BPT[:, 0]),
-            self._audio_loss(hidden_TBH, tokens_BPT, weights_BPT),
+            self._audio_loss(hidden_TBH, tokens_BPT, weights_BPT, depth_frames_BT),
             tensor_parallel_size=self.config.tensor_model_parallel_size,
         )
 
@@ -124,27 +135,42 @@ class SpeechTextModel(MegatronModule):
         weights_TB = weights_TB * (targets_TB >= 0)
         return loss_TB.flatten(), correct_TB.flatten(), weights_TB.flatten()
 
-    def _audio_loss(self, hidden_TBH: Tensor, tokens_BPT: Tensor, weights_BPT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _audio_loss(
+        self, hidden_TBH: Tensor, tokens_BPT: Tensor, weights_BPT: Tensor, depth_frames_BT: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """This tensor parallel rank's share of the frames: the one sequence parallelism leaves it anyway."""
         tokens_PTB, weights_QTB = _frames_first(tokens_BPT), _frames_first(weights_BPT)[1:]
+        kept_TB = depth_frames_BT.T
         size = self.config.tensor_model_parallel_size
         if size > 1 and not self.config.sequence_parallel:
             missing = -hidden_TBH.shape[0] % size  # frames of weight 0, so that every rank gets as many
-            hidden_TBH, tokens_PTB, weights_QTB = (
+            hidden_TBH, tokens_PTB, weights_QTB, kept_TB = (
                 F.pad(x, (0, 0) * (x.ndim - 1 - axis) + (0, missing))
-                for x, axis in ((hidden_TBH, 0), (tokens_PTB, 1), (weights_QTB, 1))
+                for x, axis in ((hidden_TBH, 0), (tokens_PTB, 1), (weights_QTB, 1), (kept_TB, 0))
             )
             hidden_TBH = scatter_to_sequence_parallel_region(hidden_TBH)
         frames = hidden_TBH.shape[0]
         first = parallel_state.get_tensor_model_parallel_rank() * frames if size > 1 else 0
-        tokens_PTB, weights_QTB = tokens_PTB[:, first : first + frames], weights_QTB[:, first : first + frames]
+        share = slice(first, first + frames)
         # Frames without weight (silence left out, padding, nothing to say) never enter the depth transformer.
-        kept_TB = (weights_QTB > 0).any(0)
-        kept_TB[0, 0] |= ~kept_TB.any()  # at least one, be it of weight 0: attention kernels refuse an empty batch
-        tokens_PN, weights_QN = tokens_PTB[:, kept_TB], weights_QTB[:, kept_TB]
+        rows_N = to_device(_places(kept_TB[share]), hidden_TBH.device)
+        tokens_PN, weights_QN = (x[:, share].flatten(1).index_select(1, rows_N) for x in (tokens_PTB, weights_QTB))
         targets_QN = tokens_PN[1:].masked_fill(weights_QN == 0, -1)
-        loss_QN, correct_QN = self.depth(hidden_TBH[kept_TB], tokens_PN[:-1], targets_QN)
+        loss_QN, correct_QN = self.depth(hidden_TBH.flatten(0, 1).index_select(0, rows_N), tokens_PN[:-1], targets_QN)
         return loss_QN, correct_QN, weights_QN
+
+
+def _without_apex(megatron: TransformerConfig) -> TransformerConfig:
+    """megatron-core's own linear layer adds its weight's gradient to DDP's by a kernel of Apex; else autograd does."""
+    own = copy.copy(megatron)
+    own.gradient_accumulation_fusion &= _grad_accum_fusion_available
+    return own
+
+
+def _places(kept_TB: Tensor) -> Tensor:
+    """Numbers of the frames kept, or 0 where none is: attention kernels refuse an empty batch."""
+    rows_N = kept_TB.flatten().nonzero().flatten()
+    return rows_N if len(rows_N) else rows_N.new_zeros(1)
 
 
 def _frames_first(x_BPT: Tensor) -> Tensor:

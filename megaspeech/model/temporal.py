@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -56,22 +57,40 @@ def transformer_config(config: Config) -> TransformerConfig:
         attention_dropout=0.0,
         rotary_interleaved=True,
         init_method_std=std,
-        # The full weight is drawn on every rank and cut: all tensor parallel sizes start equal.
-        use_cpu_initialization=True,
+        # On CPU ranks the full weight is drawn on every rank and cut: all tensor parallel sizes start equal. On GPUs
+        # each rank draws its own, where they stay: billions are too many to draw twice.
+        use_cpu_initialization=not torch.accelerator.is_available(),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        # Fusions that need Apex or a compiler; TransformerEngine brings its own.
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
+        masked_softmax_fusion=False,  # Apex's, for attention that writes its scores out
         persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
+        **_fusions(config),
         **_fp8(config.precision),
         **_layout(parallel),
         **(_experts(config) if shape.num_moe_experts else {}),
     )
+
+
+def uses_transformer_engine(config: Config) -> bool:
+    """Whether the temporal layers are TransformerEngine's: asked for, or left open where it can run."""
+    if config.model.transformer_impl == "auto":
+        return HAVE_TE and torch.accelerator.is_available()
+    return config.model.transformer_impl == "transformer_engine"
+
+
+def _fusions(config: Config) -> dict[str, Any]:
+    """What TransformerEngine's layers come with: RoPE in one kernel, torch's compiler for SwiGLU and the residual sums,
+    gradients of weights added straight to DDP's; and gathered keys for context parallelism, the way of its four that
+    takes a sliding window and any number of heads (context_parallel.py of TransformerEngine 2.20)."""
+    fused = uses_transformer_engine(config) and HAVE_TE
+    return {
+        "apply_rope_fusion": fused,
+        "bias_activation_fusion": fused,
+        "bias_dropout_fusion": fused,
+        "gradient_accumulation_fusion": fused and config.parallel.data_parallel == "ddp",
+        "cp_comm_type": "all_gather" if fused else None,
+    }
 
 
 def _fp8(precision: PrecisionSection) -> dict[str, Any]:
@@ -89,6 +108,7 @@ def _fp8(precision: PrecisionSection) -> dict[str, Any]:
         "fp8_margin": precision.fp8_margin,
         "fp8_amax_history_len": precision.fp8_amax_history_len,
         "fp8_amax_compute_algo": precision.fp8_amax_compute_algo,
+        "fp8_param": precision.fp8_param_gather,
         "first_last_layers_bf16": bool(start or end),
         "num_layers_at_start_in_bf16": start,
         "num_layers_at_end_in_bf16": end,
@@ -106,6 +126,7 @@ def _layout(parallel: ParallelSection) -> dict[str, Any]:
         "num_layers_in_last_pipeline_stage",
         "pipeline_model_parallel_layout",
         "context_parallel_size",
+        "tp_comm_overlap",
         "expert_model_parallel_size",
         "recompute_granularity",
     )
@@ -132,14 +153,14 @@ def _experts(config: Config) -> dict[str, Any]:
         "moe_aux_loss_coeff": shape.moe_aux_loss_coeff,
         "moe_token_dispatcher_type": shape.moe_token_dispatcher_type,
         # One grouped product for all experts is TransformerEngine's; the local spec runs one expert after the other.
-        "moe_grouped_gemm": config.model.transformer_impl == "transformer_engine",
+        "moe_grouped_gemm": uses_transformer_engine(config),
     }
 
 
 def layer_spec(config: Config) -> ModuleSpec:
     """The layer of `model.transformer_impl`. Raises ValueError where TransformerEngine is asked for and absent."""
     experts = config.temporal.num_moe_experts
-    if config.model.transformer_impl == "local":
+    if not uses_transformer_engine(config):
         spec = get_gpt_layer_local_spec(num_experts=experts, normalization="RMSNorm")
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
         spec.submodules.self_attention.submodules.core_attention = CoreAttention
@@ -151,7 +172,7 @@ def layer_spec(config: Config) -> ModuleSpec:
         except (ImportError, NameError) as error:
             raise ValueError(
                 'model.transformer_impl = "transformer_engine", but TransformerEngine is not installed; '
-                'install megaspeech[gpu], or set "local"'
+                'install megaspeech[gpu], or set "auto"'
             ) from error
     return spec
 
@@ -189,7 +210,7 @@ class TemporalTransformer(MegatronModule):
             rotary_percent=1.0,
             rotary_interleaved=True,
             rotary_base=config.temporal.rotary_base,
-            use_cpu_initialization=True,
+            use_cpu_initialization=megatron.use_cpu_initialization,
         )
 
     def set_input_tensor(self, hidden: Tensor | None) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
+from megaspeech.parallel.optimizer import optimizer_parts
+
 
 def gradient_norm(optimizer: MegatronOptimizer) -> float:
     """The norm of the gradients of the whole model; not finite where any of them is not. All ranks call this."""
@@ -17,7 +19,7 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
 
 def update_weights(optimizer: MegatronOptimizer, *, grad_norm: float) -> None:
     """Clip the gradients, whose norm is `grad_norm`, and step."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in optimizer_parts(optimizer):
         parameters = part.get_parameters()
         if parameters and part.config.clip_grad > 0:
             clip_grad_by_total_norm_fp32(

@@ -27,7 +27,8 @@ def make_forward_step(
         tensor_parallel_size: ranks on which the text's sum is the same, and to be reported once.
     """
     scale = num_microbatches * dp_size / torch.where(weight_sums > 0, weight_sums, 1.0).float()
-    share = torch.tensor([1 / tensor_parallel_size, 1.0], device=scale.device)
+    share = torch.ones_like(scale)
+    share[0] /= tensor_parallel_size
 
     def loss_function(losses: Losses) -> tuple[Tensor, dict[str, Tensor]]:
         weighted, statistics = losses
@@ -36,7 +37,7 @@ def make_forward_step(
 
     def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Any, Callable]:
         batch = next(batches)
-        return model(batch.codes_BST, batch.weights_BPT), loss_function
+        return model(batch.codes_BST, batch.weights_BPT, batch.depth_frames_BT), loss_function
 
     return forward_step
 

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.fp8_utils import is_first_last_bf16_layer
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_first_last_bf16_layer, is_float8tensor
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn import functional as F
@@ -116,9 +116,10 @@ class Tally:
         if not torch.is_grad_enabled():  # a forward pass whose activations are computed again later, or BF16's own
             return
         self._add((*place, 0), _normalised(module, arguments[0]), scale=_scale_in_use(module, "scaling_fwd", 0))
-        if place not in self._weighed:  # a weight is the same in all microbatches
+        if place not in self._weighed:  # it is the same in all microbatches; kept in FP8, it has been cast before
             self._weighed.add(place)
-            self._add((*place, 1), module.weight, scale=_scale_in_use(module, "scaling_fwd", 1))
+            weight = dequantize_fp8_tensor(module.weight) if is_float8tensor(module.weight) else module.weight
+            self._add((*place, 1), weight, scale=_scale_in_use(module, "scaling_fwd", 1))
         output[0].register_hook(
             lambda gradient: self._add((*place, 2), gradient, scale=_scale_in_use(module, "scaling_bwd", 0))
         )

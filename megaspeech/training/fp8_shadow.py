@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megaspeech.config import Config
 from megaspeech.data.mixture import Batch
 from megaspeech.parallel.precision import without_fp8
+from megaspeech.parallel.wrap import Wrapped
 from megaspeech.training.fp8_health import Fp8Health
 from megaspeech.training.guarded_step import Outcome
 from megaspeech.training.journal import Journal
@@ -27,16 +27,14 @@ class Fp8Shadow:
     The step's own forward pass is the one in FP8, so a comparison costs one forward pass of one microbatch.
 
     Args:
-        models: this stage's chunks.
+        wrapped: the model.
         config: the run.
         health: knows what FP8 loses most.
         journal: is given the figures, and speaks of a drift.
     """
 
-    def __init__(
-        self, models: Sequence[MegatronModule], *, config: Config, health: Fp8Health, journal: Journal
-    ) -> None:
-        self.models, self.streams, self.health, self.journal = models, config.streams, health, journal
+    def __init__(self, wrapped: Wrapped, *, config: Config, health: Fp8Health, journal: Journal) -> None:
+        self.wrapped, self.streams, self.health, self.journal = wrapped, config.streams, health, journal
         self.interval, self.band = config.precision.shadow_interval, config.precision.shadow_band
         # An interleaved pipeline takes microbatches in turns of one a stage.
         parallel = config.parallel
@@ -51,7 +49,8 @@ class Fp8Shadow:
         """
         if not self.interval or step % self.interval:
             return None
-        with torch.no_grad(), without_fp8(self.models):
+        self.wrapped.gather_parameters()
+        with torch.no_grad(), without_fp8(self.wrapped.models):
             return run(batches[: self.num_microbatches], forward_only=True)
 
     def compare(self, step: int, shadow: Outcome | None, *, reports: Sequence[dict[str, Tensor]]) -> None:

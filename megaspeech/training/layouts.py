@@ -37,6 +37,7 @@ SHORT = {
     "zero": "parallel.use_distributed_optimizer",
     "data": "parallel.data_parallel",
     "overlap": "parallel.overlap_grad_reduce",
+    "gather": "parallel.overlap_param_gather",
     "recompute": "parallel.recompute_granularity",
     "micro": "training.micro_batch_size",
     "recipe": "precision.recipe",

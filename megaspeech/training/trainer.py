@@ -23,6 +23,7 @@ from megaspeech.model.counting import count_flops, count_parameters
 from megaspeech.model.initialisation import initialise_from_codebooks
 from megaspeech.model.speech_text_model import SpeechTextModel
 from megaspeech.model.temporal import transformer_config
+from megaspeech.model.transfer import to_device
 from megaspeech.parallel.agreement import true_on_any_rank
 from megaspeech.parallel.groups import Grid
 from megaspeech.parallel.lifeline import end_with_parent
@@ -85,7 +86,7 @@ class Trainer:
         )
         self.profiler = StepProfiler(config.logging, rank=grid.rank, directory=Path(config.run.directory) / "profile")
         self.health = Fp8Health(self.wrapped.models, config=config, journal=self.journal)
-        self.shadow = Fp8Shadow(self.wrapped.models, config=config, health=self.health, journal=self.journal)
+        self.shadow = Fp8Shadow(self.wrapped, config=config, health=self.health, journal=self.journal)
         for chunk in self.wrapped.chunks:
             chunk.register_forward_pre_hook(lambda *_: watchdog.progress())
         self.step = 0
@@ -180,6 +181,7 @@ class Trainer:
     def evaluate(self) -> None:
         """Validation losses of every task, all samples of `valid/`."""
         self.watchdog.progress(f"validation after step {self.step}")
+        self.wrapped.gather_parameters()
         for chunk in self.wrapped.chunks:
             chunk.eval()
         by_task = {}
@@ -193,7 +195,7 @@ class Trainer:
 
     def _run(self, batches: list[Batch], *, forward_only: bool) -> tuple[list[dict[str, Tensor]], Tensor]:
         totals = sum_over_data_parallel(
-            torch.stack([batch.totals() for batch in batches]).sum(0).to(self.wrapped.device)
+            to_device(torch.stack([batch.totals() for batch in batches]).sum(0), self.wrapped.device)
         )
         reports = run_microbatches(
             make_forward_step(
@@ -250,6 +252,7 @@ class Trainer:
         )
 
     def _log_sample(self) -> None:
+        self.wrapped.gather_parameters()
         log_spoken_sample(
             self.journal,
             step=self.step,

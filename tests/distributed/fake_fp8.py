@@ -1,14 +1,15 @@
-"""The real entry point with an FP8 that CPU ranks have: while megatron-core's config says so, linear layers round their
-inputs to E4M3. The scale is kept where TransformerEngine's delayed scaling keeps its own; from the step BROKEN_FROM on
-it is one that has gone wrong.
+"""The real entry point with an FP8 that CPU ranks have: while megatron-core's config says so, the temporal matrices
+round what they read to E4M3.
 
-The layers are megatron-core's local ones, for TransformerEngine's need a GPU.
+The scale is kept where TransformerEngine's delayed scaling keeps its own; from the step BROKEN_FROM on it is one that
+has gone wrong. The layers are megatron-core's local ones, for TransformerEngine's need a GPU.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,21 +44,27 @@ def install(broken_from: int) -> None:
         return train_step(self, batches)
 
     trainer.Trainer.train_step = noted
-    for owner in (ColumnParallelLinear, RowParallelLinear):
-        owner.forward = _in_fp8(owner.forward, place, broken_from)
+    build = temporal.TemporalTransformer.__init__
+
+    def built(self: Any, *arguments: Any, **options: Any) -> None:
+        build(self, *arguments, **options)
+        for module in self.modules():
+            if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+                module.forward = partial(_in_fp8, module, module.forward, place, broken_from)
+
+    temporal.TemporalTransformer.__init__ = built
 
 
-def _in_fp8(forward: Any, place: dict[str, int], broken_from: int) -> Any:
-    def in_fp8(self: Any, x: torch.Tensor, *rest: Any, **options: Any) -> Any:
-        if self.config.fp8:
-            scales = torch.stack([448 / each.detach().abs().amax().float() for each in (x, self.weight)])
-            if place["step"] >= broken_from:
-                scales[0] = BROKEN
-            self.fp8_meta = {"scaling_fwd": SimpleNamespace(scale=scales)}
-            x = rounded(x, scales[0])
-        return forward(self, x, *rest, **options)
-
-    return in_fp8
+def _in_fp8(
+    module: Any, forward: Any, place: dict[str, int], broken_from: int, x: torch.Tensor, *rest: Any, **options: Any
+) -> Any:
+    if module.config.fp8:
+        scales = torch.stack([448 / each.detach().abs().amax().float() for each in (x, module.weight)])
+        if place["step"] >= broken_from:
+            scales[0] = BROKEN
+        module.fp8_meta = {"scaling_fwd": SimpleNamespace(scale=scales)}
+        x = rounded(x, scales[0])
+    return forward(x, *rest, **options)
 
 
 def main() -> int:

@@ -56,6 +56,7 @@ OTHERS = [
     "dp=2,overlap=1,micro=1",
     "dp=2,overlap=1,zero=0,micro=1",
     "pp=2,vp=2,dp=2,overlap=1,micro=1",
+    "dp=2,overlap=1,gather=1,micro=1",
     # recomputation
     "recompute=selective",
     "tp=2,sp=1,recompute=selective,parallel.recompute_modules=['layernorm']",
@@ -91,7 +92,7 @@ OTHERS = [
 # One run that goes on from its checkpoint, optimizer and all, on another layout: 20 steps before, and 20 after.
 RESHARDED = [
     "tp=2,pp=2,sp=1 > dp=4",
-    "dp=4 > tp=4,sp=1 > pp=4",
+    "dp=4,overlap=1,gather=1,micro=1 > tp=4,sp=1 > pp=4",
     "dp=4,data=fsdp2 > tp=2,pp=2,sp=1",
     "tp=2,pp=2,sp=1 > tp=2,dp=2,data=fsdp2",
     "dp=2,cp=2,zero=0 > dp=4 > dp=4,data=fsdp2 > dp=4,zero=0",

@@ -27,13 +27,22 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return config, directory
 
 
+LOCAL, TE = "model.transformer_impl=local", "model.transformer_impl=transformer_engine"
+BF16 = (TE, "precision.recipe=bf16")
+FEW_BITS = (*BF16, "optimizer.use_precision_aware_optimizer=true", "optimizer.exp_avg_dtype=bf16")
+
+
 @pytest.mark.parametrize(
     "name, overrides, tolerance",
     [
-        ("local", (), 1e-3),
-        ("triton", ("model.kernels=triton",), 1e-3),
-        ("transformer-engine", ("model.transformer_impl=transformer_engine",), 1e-3),
-        ("bf16", ("model.transformer_impl=transformer_engine", "precision.recipe=bf16"), 5e-2),
+        ("local", (LOCAL,), 1e-3),
+        ("triton", (LOCAL, "model.kernels=triton"), 1e-3),
+        ("graphs", (LOCAL, "model.depth_graph_multiple=32"), 1e-3),
+        ("transformer-engine", (TE,), 1e-3),
+        ("bf16", BF16, 5e-2),
+        ("few-bits", (*FEW_BITS, "optimizer.exp_avg_sq_dtype=bf16"), 5e-2),
+        ("fp8-weights", (TE, "precision.recipe=fp8-tensorwise", "precision.fp8_param_gather=true"), 1e-1),
+        ("whole-main-weights", (*FEW_BITS, "optimizer.store_param_remainders=false"), 5e-2),
     ],
 )
 def test_losses_equal_a_cpu_ranks(
@@ -51,3 +60,19 @@ def test_losses_equal_a_cpu_ranks(
     assert finished.returncode == 0, finished.stderr
     pairs = zip(curve(directory / "cpu"), curve(directory / name), strict=True)
     assert all(gpu["loss"] == pytest.approx(cpu["loss"], rel=tolerance) for cpu, gpu in pairs)
+
+
+@pytest.mark.parametrize("remainders", ["true", "false"])
+def test_an_optimizer_of_few_bits_goes_on_as_if_nothing_had_happened(
+    remainders: str, on_cpu: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """20 steps in one go, and 10 and 10: its state is whole in the checkpoint between."""
+    config, directory = on_cpu
+    few_bits = (*FEW_BITS, f"optimizer.store_param_remainders={remainders}", f"data.directory={directory}/shards")
+    for name, *exits in (("whole", 0), ("halves", 10, 0)):
+        for step in exits:
+            places = (f"run.directory={tmp_path}/{name}", f"training.exit_step={step}")
+            finished = train(config, *few_bits, *places)
+            assert finished.returncode == 0, finished.stderr
+    pairs = zip(curve(tmp_path / "whole"), curve(tmp_path / "halves"), strict=True)
+    assert all(halves["loss"] == pytest.approx(whole["loss"], rel=1e-4) for whole, halves in pairs)

@@ -10,6 +10,11 @@ from one_rank import make_config
 from megaspeech.config import ConfigError
 
 PIPELINE = "parallel.pipeline_model_parallel_size=2"
+OVERLAP = "parallel.overlap_grad_reduce=true"
+SEQUENCE = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
+ONE_LENGTH = ("data.num_frames=64", "data.length_multiple=64")
+GRAPHS = "model.depth_graph_multiple=256"
+AWARE = "optimizer.use_precision_aware_optimizer=true"
 
 
 @pytest.mark.parametrize(
@@ -58,11 +63,28 @@ PIPELINE = "parallel.pipeline_model_parallel_size=2"
             "pipeline_model_parallel_layout says it already",
         ),
         (["parallel.expert_model_parallel_size=2"], "the model has no experts"),
-        (["parallel.overlap_grad_reduce=true"], None),
+        ([OVERLAP], None),
         (
-            ["parallel.overlap_grad_reduce=true", "parallel.data_parallel=fsdp2"],
+            [OVERLAP, "parallel.data_parallel=fsdp2"],
             'parallel.overlap_grad_reduce: is for data_parallel = "ddp"',
         ),
+        ([OVERLAP, "parallel.overlap_param_gather=true"], None),
+        (["parallel.overlap_param_gather=true"], "parallel.overlap_param_gather: needs overlap_grad_reduce"),
+        (
+            [OVERLAP, "parallel.overlap_param_gather=true", "parallel.use_distributed_optimizer=false"],
+            "parallel.overlap_param_gather: needs overlap_grad_reduce and use_distributed_optimizer",
+        ),
+        (["parallel.grad_reduce_in_fp32=false"], "gradients in BF16 need optimizer.use_precision_aware_optimizer"),
+        ([AWARE, "parallel.grad_reduce_in_fp32=false", "optimizer.exp_avg_dtype=bf16"], None),
+        ([AWARE, "parallel.data_parallel=fsdp2"], "optimizer.use_precision_aware_optimizer: needs parallel.use_dist"),
+        (["optimizer.exp_avg_sq_dtype=fp8"], 'optimizer.exp_avg_sq_dtype: "fp8" needs use_precision_aware_optimizer'),
+        (["parallel.tp_comm_overlap=true", *ONE_LENGTH], "parallel.tp_comm_overlap: is for sequence_parallel"),
+        (["parallel.tp_comm_overlap=true", *SEQUENCE, *ONE_LENGTH], None),
+        (["parallel.tp_comm_overlap=true", *SEQUENCE], "data.length_multiple: 16, but parallel.tp_comm_overlap has"),
+        ([GRAPHS, "parallel.use_distributed_optimizer=false"], None),
+        ([GRAPHS, "parallel.data_parallel=fsdp2"], "cannot hold what parallel.data_parallel = fsdp2 does"),
+        ([GRAPHS, "parallel.recompute_granularity=full"], "what parallel.recompute_granularity = full does"),
+        (["precision.fp8_param_gather=true"], "precision.fp8_param_gather: needs an FP8 recipe"),
         (["model.preset=tiny-moe", "parallel.expert_model_parallel_size=2"], None),
         (["model.preset=tiny-moe", "parallel.expert_model_parallel_size=3"], "num_moe_experts: 4 is not divisible"),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -193,6 +194,26 @@ def test_other_steps_are_not_hooked(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("one_rank")
+def test_nothing_is_asked_of_the_device_before_the_end(tmp_path: Path) -> None:
+    """Tensors of the meta device have no values to ask for: so far all have stayed on the device."""
+    model = SpeechTextModel(make_config(tmp_path), pre_process=True, post_process=True).to("meta")
+    model.temporal.rope.inv_freq = model.temporal.rope.inv_freq.to("meta")  # no buffer
+    for block in (None, (1, 32)):
+        tally = Tally(4, casts=dict.fromkeys(OPERANDS, replace(E4M3, block=block)), device=torch.device("meta"))
+        hooks = [
+            layer.mlp.linear_fc2.register_forward_hook(partial(tally.forward, (layer.layer_number - 1, 3)))
+            for layer in model.temporal.block.layers
+        ]
+        hidden = torch.empty(FRAMES, SAMPLES, 64, device="meta", requires_grad=True)
+        padding = torch.empty(SAMPLES, FRAMES, dtype=torch.bool, device="meta")
+        model.temporal(hidden, padding_BT=padding).sum().backward()
+        with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+            tally.operands()
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.usefixtures("one_rank")
 def test_layers_that_stay_in_bf16_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megaspeech.model import temporal
 
@@ -251,7 +272,7 @@ def shadow_of(directory: Path, losses: list[tuple[float, float]]) -> list[str]:
     """What is said of (loss in FP8, loss in BF16) of the text, one comparison after the other, with a band of 0.1."""
     overrides = ("precision.recipe=fp8-tensorwise", "model.transformer_impl=transformer_engine")
     config, journal = make_config(directory, *overrides, "precision.shadow_band=0.1"), Records()
-    shadow = Fp8Shadow([], config=config, health=SimpleNamespace(worst="layer 7"), journal=journal)
+    shadow = Fp8Shadow(SimpleNamespace(), config=config, health=SimpleNamespace(worst="layer 7"), journal=journal)
     for step, (fp8, bf16) in enumerate(losses, 1):
         reports = [
             {"weighted": torch.tensor([text, 5.0]), "statistics": torch.tensor([[text, 1.0, 0.0]] * 5)}

@@ -74,7 +74,7 @@ def test_logits_agree(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "weight",
     [
-        "embedding.table.weight",
+        "embedding.weight",
         "temporal.block.layers.3.self_attention.linear_qkv.weight",
         "temporal.block.layers.0.pre_mlp_layernorm.weight",
         "depth.embedding",
@@ -124,7 +124,7 @@ def test_export_uses_every_weight_once(tmp_path: Path) -> None:
     ones = {name: torch.ones_like(tensor) for name, tensor in model.state_dict().items() if tensor is not None and
             isinstance(tensor, Tensor)}  # fmt: skip
     total = sum(int(tensor.sum()) for tensor in dict(to_moshi(ones, config=config)).values())
-    padding = (model.embedding.table.weight.shape[0] - (48 + 8 * 32 + 9)) * 64
+    padding = (model.embedding.weight.shape[0] - (48 + 8 * 32 + 9)) * 64
     padding += (model.depth.embedding.shape[0] - (48 + 3 * 32 + 4)) * 32
     assert total == sum(parameter.numel() for parameter in model.parameters()) - padding
     assert total == sum(tensor.numel() for tensor in exported.values())
