@@ -27,12 +27,24 @@ check: $(VENV)/.ready ## ruff and the house rules
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest tests/unit/test_house.py
 
-gpu: ## what needs a GPU: its tests, then the kernels' benchmarks (in the environment that has CUDA, not .venv)
+gpu: ## what needs a GPU: its tests, recipes compared, the kernels' benchmarks (where CUDA is, not in .venv)
 	$(PYTHON) -m pytest -m gpu tests/gpu
+	$(MAKE) runs/quickstart/shards/valid PYTHON=$(PYTHON)
+	$(PYTHON) tools/compare_recipes.py examples/quickstart/config.toml optimizer.lr=5e-4 \
+	  model.transformer_impl=transformer_engine --output runs/recipes --json docs/measurements/recipes_gpu.json
 	$(PYTHON) kernels/benchmarks/run.py --output docs/measurements
+
+# The digits to train on. Where espeak-ng or DALI is missing: carry runs/quickstart/{shards,codec,tokenizer.model} there.
+runs/quickstart/shards/valid:
+	$(PYTHON) examples/quickstart/corpus.py runs/quickstart/corpus
+	$(PYTHON) tools/prepare_data.py examples/quickstart/config.toml runs/quickstart/corpus/train.jsonl \
+	  runs/quickstart/corpus/valid.jsonl
+
+image: ## the GPU image, by Docker (docker/README.md)
+	docker build $(shell sed -n 's/^[A-Z_]*=/--build-arg &/p' docker/versions.env) -f docker/Dockerfile -t megaspeech .
 
 clean: ## remove what the quickstart made, not .venv
 	rm -rf runs/quickstart
 
-.PHONY: help venv quickstart test check gpu clean
+.PHONY: help venv quickstart test check gpu image clean
 .DEFAULT_GOAL := help

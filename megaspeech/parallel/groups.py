@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megaspeech.config.computation import ParallelSection
 from megaspeech.parallel import host
+from megaspeech.parallel.precision import forget_recipes
 from megaspeech.parallel.rendezvous import store_of_this_start
 
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -114,6 +115,7 @@ def remove_grid() -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+    forget_recipes()
     gc.collect()  # modules hold groups, and groups hold threads
     store = dist.PrefixStore("next", store)  # the keys of the old one are used up
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)

@@ -1,7 +1,8 @@
-"""Whether this rank's GPU can compute what a recipe asks for, found out before anything is allocated; and FP8 off."""
+"""An FP8 recipe: whether this rank's GPU can compute it, found out before anything is allocated; its pause; its end."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -56,3 +57,15 @@ def without_fp8(models: Sequence[MegatronModule]) -> Iterator[None]:
     finally:
         for config, mode in zip(configs, modes, strict=True):
             config.fp8 = mode
+
+
+def forget_recipes() -> None:
+    """Let TransformerEngine, where it is loaded, forget the models that were.
+
+    For "fp8-delayed" it keeps every module's largest values, with the group they are reduced over, and reduces all of
+    them after every step (quantization.py, `FP8GlobalStateManager`): the next model's steps would ask for a group that
+    is gone.
+    """
+    quantization = sys.modules.get("transformer_engine.pytorch.quantization")
+    if quantization is not None:
+        quantization.FP8GlobalStateManager.reset()

@@ -6,8 +6,6 @@ ranks run one after the other in the same processes.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import re
@@ -19,9 +17,7 @@ from pathlib import Path
 from megaspeech.config import Config, read_config
 from megaspeech.data.synthetic import write_synthetic_shards
 from megaspeech.parallel import groups
-from megaspeech.parallel.watchdog import Watchdog
-from megaspeech.training.signals import StopSignals
-from megaspeech.training.trainer import Trainer
+from megaspeech.training.one_run import curve, seed_checkpoint, train_here
 
 SHORT = {
     "tp": "parallel.tensor_model_parallel_size",
@@ -190,7 +186,7 @@ def prepare_jobs(
         write_synthetic_shards(directory / f"shards{number}", streams=config.streams, num_frames=num_frames)
         reference = directory / f"reference{number}"
         references.append(Job(Plan.parse(model), reference, reference, (*common, "checkpoint.save_seed=true")))
-        seed = f"checkpoint.seed_checkpoint={reference}/checkpoints/step_{0:08d}"
+        seed = f"checkpoint.seed_checkpoint={seed_checkpoint(reference)}"
         mine = [(place, plan) for place, plan in enumerate(plans) if plan.model == model]
         jobs += [Job(plan, directory / f"plan{place}", reference, (*common, seed)) for place, plan in mine]
     return references, jobs
@@ -209,14 +205,7 @@ def run_jobs(jobs: Iterable[Job], *, config_path: Path) -> Iterator[Job]:
             (job.directory / FAULT).write_text(str(error), encoding="utf-8")
             configs = []
         for config in configs:
-            grid = groups.build_grid(config.parallel, seed=config.run.seed)
-            watchdog = Watchdog(directory=job.directory, timeout=config.training.hang_timeout)
-            with contextlib.redirect_stdout(io.StringIO()), watchdog:
-                trainer = Trainer(config, grid=grid, signals=StopSignals(), watchdog=watchdog)
-                trainer.run()
-                trainer.wrapped.release()
-                del trainer
-            groups.remove_grid()
+            train_here(config)
         (job.directory / DONE).touch()
         yield job
 
@@ -247,12 +236,6 @@ def compare(job: Job) -> Verdict:
         grad_norm=_largest_difference(expected, actual, "grad_norm"),
         frames_per_second=statistics.median(record["frames_per_second"] for record in actual[2:]),
     )
-
-
-def curve(directory: Path) -> list[dict]:
-    """The training records of a run, in the order they were written."""
-    lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == "train"]
 
 
 def _largest_difference(expected: list[dict], actual: list[dict], key: str) -> float:
