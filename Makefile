@@ -34,6 +34,7 @@ RECIPES := bf16,fp8-delayed,fp8-tensorwise,fp8-blockwise
 
 gpu: ## what needs a GPU: its tests, recipes compared, the benchmarks (where CUDA is, not in .venv)
 	$(PYTHON) -m pytest -m gpu tests/gpu
+	$(PYTHON) -m pytest tests/unit/test_transformer_engine.py
 	$(MAKE) runs/quickstart/shards/valid PYTHON=$(PYTHON)
 	$(PYTHON) tools/compare_recipes.py examples/quickstart/config.toml optimizer.lr=5e-4 \
 	  model.transformer_impl=transformer_engine --output runs/recipes --json docs/measurements/recipes_gpu.json

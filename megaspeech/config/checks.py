@@ -50,6 +50,11 @@ def _precision(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
             '= "ddp"; set it false'
         )
     if precision.fp8_recipe is None:
+        if precision.shadow_interval:
+            yield (
+                f'precision.shadow_interval: {precision.shadow_interval}, but "{precision.recipe}" has no FP8 to '
+                "compare with BF16; set it to 0"
+            )
         return
     if sections["model"].transformer_impl == "local":
         yield (

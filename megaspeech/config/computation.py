@@ -107,6 +107,13 @@ class PrecisionSection(Section):
     num_layers_at_end_in_bf16: Natural = 0
     fp8_param_gather: bool = False
     """Keep the weights that are multiplied in FP8 in FP8 alone, and gather them so from the distributed optimizer."""
+    shadow_interval: Natural = 0
+    """Steps between comparisons with BF16, for which the first microbatch of the step also goes forward with FP8 turned
+    off; 0 compares never."""
+    shadow_band: float = Field(0.05, gt=0)
+    """Relative difference of the text's or the audio's loss from that in BF16 beyond which a run has drifted. Twenty
+    times the 0.25% within which DeepSeek-V3's smoothed curves lay (arXiv 2412.19437), for one microbatch is noisy; a
+    broken scale shows as far more."""
 
     @property
     def params_dtype(self) -> Literal["fp32", "bf16"]:

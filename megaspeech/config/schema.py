@@ -183,6 +183,9 @@ class LoggingSection(Section):
     """First and last step that torch's profiler records, on `profile_ranks`; 0 means none."""
     profile_step_end: Natural = 0
     profile_ranks: tuple[Natural, ...] = (0,)
+    fp8_health_interval: Natural = 0
+    """Steps between records of the temporal matrices' largest values, FP8 scales and shares of numbers that FP8 loses;
+    0 means none. A run without FP8 shows what "fp8-tensorwise" would do."""
 
 
 class Config(Section):

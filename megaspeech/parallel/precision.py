@@ -1,10 +1,13 @@
-"""Whether this rank's GPU can compute what a recipe asks for, found out before anything is allocated; and its end."""
+"""An FP8 recipe: whether this rank's GPU can compute it, found out before anything is allocated; its pause; its end."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
@@ -35,6 +38,25 @@ def require_recipe(name: str, *, megatron: TransformerConfig) -> None:
             f"{wanted}: {error} This is {torch.cuda.get_device_name()}, compute capability {major}.{minor}, with CUDA "
             f"{torch.version.cuda}; {remedy}"
         ) from error
+
+
+@contextmanager
+def without_fp8(models: Sequence[MegatronModule]) -> Iterator[None]:
+    """The models, whose parameters stay as they are, multiply in BF16.
+
+    megatron-core asks its config at every forward pass whether to enter TransformerEngine's FP8 context
+    (transformer_block.py:717). A module that runs outside of it keeps the scales and amax history of delayed scaling
+    (`init_fp8_metadata` in TransformerEngine's module/base.py takes them up again), and writes nothing to them.
+    """
+    configs = [model.config for model in models]
+    modes = [config.fp8 for config in configs]
+    for config in configs:
+        config.fp8 = None
+    try:
+        yield
+    finally:
+        for config, mode in zip(configs, modes, strict=True):
+            config.fp8 = mode
 
 
 def forget_recipes() -> None:

@@ -46,6 +46,20 @@ def sum_over_data_parallel(values: Tensor) -> Tensor:
     return values
 
 
+def max_over_tensor_parallel(value: Tensor) -> Tensor:
+    """The largest `value` of the tensor parallel group, in place."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    if group.size() > 1:
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=group)
+    return value
+
+
+def over_all_ranks(*, largest: Tensor, sums: Tensor) -> None:
+    """The largest and the sums over all ranks of the run, in place; all ranks call this."""
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    dist.all_reduce(sums)
+
+
 def sum_over_stage(values: Tensor) -> Tensor:
     """`values` summed over the tensor, context and data parallel ranks of a pipeline stage, in place."""
     dist.all_reduce(values, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))

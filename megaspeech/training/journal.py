@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -51,7 +52,7 @@ class Journal:
         frames = metrics.num_frames / seconds
         speed = {"frames_per_second": frames, "x_real_time": frames / self.frame_rate}
         record = {"grad_norm": grad_norm, "learning_rate": learning_rate, **speed}
-        self._scalars("train", step, {**_flat(metrics), **record})
+        self.scalars("train", step, {**_flat(metrics), **record})
         if step % self.config.logging.log_interval == 0 or step == 1:
             left = (training.train_steps - step) * seconds
             self.say(
@@ -64,7 +65,7 @@ class Journal:
     def valid(self, step: int, by_task: dict[str, StreamMetrics]) -> None:
         """Validation losses after `step`, by task."""
         for task, metrics in by_task.items():
-            self._scalars(f"valid/{task}", step, _flat(metrics))
+            self.scalars(f"valid/{task}", step, _flat(metrics))
         shown = "  ".join(f"{task} {metrics.text:.3f}+{metrics.audio:.3f}" for task, metrics in by_task.items())
         self.say(f"step {step:>6}  validation (text + audio loss)  {shown}")
 
@@ -87,20 +88,21 @@ class Journal:
                 writer.add_audio(name, samples_N[None], step, sample_rate=sample_rate)
                 writer.add_image(f"{name}/spectrogram", spectrogram, step, dataformats="HWC")
 
+    def scalars(self, kind: str, step: int, values: dict[str, float], *, record: dict[str, Any] | None = None) -> None:
+        """Figures of `step`: curves KIND/KEY in TensorBoard, a line of metrics.jsonl, perhaps of another `record`."""
+        if not self.is_main:
+            return
+        self._metrics.add({"kind": kind, "step": step, "time": time.time(), **(values if record is None else record)})
+        if self._writer:
+            with self._tensorboard() as writer:
+                for key, value in values.items():
+                    writer.add_scalar(f"{kind}/{key}", value, step)
+
     def close(self) -> None:
         """Flush everything."""
         if self._writer:
             with self._tensorboard() as writer:
                 writer.close()
-
-    def _scalars(self, kind: str, step: int, values: dict[str, float]) -> None:
-        if not self.is_main:
-            return
-        self._metrics.add({"kind": kind, "step": step, "time": time.time(), **values})
-        if self._writer:
-            with self._tensorboard() as writer:
-                for key, value in values.items():
-                    writer.add_scalar(f"{kind}/{key}", value, step)
 
     @contextlib.contextmanager
     def _tensorboard(self) -> Iterator[SummaryWriter]:

@@ -34,6 +34,8 @@ from megaspeech.parallel.watchdog import Watchdog
 from megaspeech.parallel.wrap import wrap
 from megaspeech.training.checkpointing import Checkpointing
 from megaspeech.training.forward_step import make_forward_step
+from megaspeech.training.fp8_health import Fp8Health
+from megaspeech.training.fp8_shadow import Fp8Shadow
 from megaspeech.training.garbage import collected_at_steps
 from megaspeech.training.guarded_step import GuardedStep
 from megaspeech.training.journal import Journal
@@ -83,6 +85,8 @@ class Trainer:
             watchdog=watchdog,
         )
         self.profiler = StepProfiler(config.logging, rank=grid.rank, directory=Path(config.run.directory) / "profile")
+        self.health = Fp8Health(self.wrapped.models, config=config, journal=self.journal)
+        self.shadow = Fp8Shadow(self.wrapped, config=config, health=self.health, journal=self.journal)
         for chunk in self.wrapped.chunks:
             chunk.register_forward_pre_hook(lambda *_: watchdog.progress())
         self.step = 0
@@ -109,7 +113,7 @@ class Trainer:
             while self.step < last and not stopping:
                 self.watchdog.progress(f"step {self.step + 1}")
                 started, learning_rate = time.perf_counter(), self.wrapped.optimizer.param_groups[0]["lr"]
-                with self.profiler.step(self.step + 1):
+                with self.profiler.step(self.step + 1), self.health.step(self.step + 1):
                     metrics, grad_norm = self.train_step(next(batches))
                 self.step += 1
                 collect_garbage(self.step)
@@ -168,7 +172,9 @@ class Trainer:
         Returns:
             (metrics on the last stage, None elsewhere; gradient norm before clipping).
         """
+        shadow = self.shadow.forward(self.step + 1, batches, run=self._run)
         (reports, totals), grad_norm = self.guarded(self.step, partial(self._run, batches, forward_only=False))
+        self.shadow.compare(self.step + 1, shadow, reports=reports)
         self.wrapped.scheduler.step(increment=1)
         return self._metrics(reports, totals), grad_norm
 
