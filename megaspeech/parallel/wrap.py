@@ -100,11 +100,6 @@ def _fsdp2(model: MegatronModule, config: Config, index: int) -> torch.nn.Module
 
 
 def _megatron_fsdp(model: MegatronModule, config: Config, index: int) -> torch.nn.Module:
-    if not torch.cuda.is_available():
-        raise ValueError(
-            'parallel.data_parallel: "megatron_fsdp" needs GPUs: it frees buffers in the order of their streams, and '
-            'CPU ranks would free what the network still writes; use "fsdp2"'
-        )
     return MegatronShardedChunk(model)
 
 

@@ -19,9 +19,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megaspeech.config import Config, read_config
-from megaspeech.model.temporal import transformer_config
 from megaspeech.parallel import groups
-from megaspeech.parallel.precision import require_recipe
+from megaspeech.parallel.requirements import require_machine
 from megaspeech.training.one_run import curve, seed_checkpoint, train_here
 
 RUN = (
@@ -145,7 +144,7 @@ def _own_settings(recipe: str, *, first: Config | None) -> list[str]:
 
 def _runnable(settings: Sequence[str], *, config_path: Path) -> Config:
     config = read_config(config_path, settings, world_size=groups.world_size_from_environment())
-    require_recipe(config.precision.recipe, megatron=transformer_config(config))
+    require_machine(config)
     return config
 
 

@@ -22,13 +22,12 @@ from megaspeech.data.tokenizer import Tokenizer
 from megaspeech.model.counting import count_flops, count_parameters
 from megaspeech.model.initialisation import initialise_from_codebooks
 from megaspeech.model.speech_text_model import SpeechTextModel
-from megaspeech.model.temporal import transformer_config
 from megaspeech.model.transfer import to_device
 from megaspeech.parallel.agreement import true_on_any_rank
 from megaspeech.parallel.groups import Grid
 from megaspeech.parallel.lifeline import end_with_parent
-from megaspeech.parallel.precision import require_recipe
 from megaspeech.parallel.reductions import sum_over_data_parallel
+from megaspeech.parallel.requirements import require_machine
 from megaspeech.parallel.schedule import run_microbatches
 from megaspeech.parallel.watchdog import Watchdog
 from megaspeech.parallel.wrap import wrap
@@ -56,7 +55,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config, *, grid: Grid, signals: StopSignals, watchdog: Watchdog) -> None:
-        require_recipe(config.precision.recipe, megatron=transformer_config(config))
+        require_machine(config)
         self.config, self.grid, self.signals, self.watchdog = config, grid, signals, watchdog
         self.batches = TrainBatches(config, dp_rank=grid.dp_rank, dp_size=grid.dp_size)
         self.valid = valid_batches(config, dp_rank=grid.dp_rank, dp_size=grid.dp_size)

@@ -23,8 +23,8 @@ from spec_agreement import (
 )
 
 from megaspeech.config import Config
-from megaspeech.model.temporal import transformer_config
-from megaspeech.parallel.precision import forget_recipes, require_recipe
+from megaspeech.parallel.precision import forget_recipes
+from megaspeech.parallel.requirements import require_machine
 from megaspeech.parallel.wrap import Wrapped
 
 pytestmark = [
@@ -109,7 +109,7 @@ def test_bf16(spec: Spec, bf16: dict[str, torch.Tensor]) -> None:
 
 def skip_unless_it_runs(config: Config) -> None:
     try:
-        require_recipe(config.precision.recipe, megatron=transformer_config(config))
+        require_machine(config)
     except ValueError as error:
         pytest.skip(str(error))
 

@@ -87,7 +87,7 @@ def test_layout_that_does_not_divide_the_ranks(home: Path) -> None:
 
 def test_megatron_fsdp_is_refused_where_it_would_corrupt_memory(home: Path) -> None:
     finished = train(*_arguments(home, run="no_gpu"), "parallel.data_parallel=megatron_fsdp", ranks=2)
-    _assert_one_message(finished, "megatron_fsdp", "needs GPUs", 'use "fsdp2"')
+    _assert_one_message(finished, "megatron_fsdp", "needs a GPU", 'use "fsdp2"')
 
 
 def test_missing_shards(home: Path) -> None:

@@ -9,11 +9,12 @@ from types import ModuleType
 import pytest
 import torch
 from launching import train, write_tiny_run
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from one_rank import make_config
 
 from megaspeech.config import Config, ConfigError
 from megaspeech.model.temporal import transformer_config
-from megaspeech.parallel.precision import require_recipe
+from megaspeech.parallel.requirements import require_machine, require_recipe
 
 TE = "model.transformer_impl=transformer_engine"
 RECIPES = {"fp8-delayed": "hybrid", "fp8-tensorwise": "hybrid", "fp8-blockwise": "e4m3", "mxfp8": "e4m3"}
@@ -74,6 +75,19 @@ def test_a_machine_without_gpu_says_so_in_one_line(tmp_path: Path) -> None:
     assert "trainer.py" not in finished.stderr  # no trace of our code
 
 
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("optimizer.use_precision_aware_optimizer=true", "optimizer.use_precision_aware_optimizer needs a GPU"),
+        ("model.depth_graph_multiple=64", "model.depth_graph_multiple needs a GPU, and here is none; set it to 0"),
+        ("parallel.data_parallel=megatron_fsdp", 'parallel.data_parallel: "megatron_fsdp" needs a GPU'),
+    ],
+)
+def test_a_machine_without_gpu_refuses_what_needs_one(override: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=words):
+        require_machine(make_config(tmp_path, override))
+
+
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch says of an H100."""
@@ -87,6 +101,14 @@ def test_a_gpu_without_transformer_engine(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "transformer_engine", None)
     with pytest.raises(ValueError, match="needs TransformerEngine, which is not installed; install megaspeech"):
         require_recipe("fp8-delayed", megatron=transformer_config(config_of(tmp_path, "fp8-delayed")))
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.skipif(HAVE_TE, reason="TransformerEngine is installed")
+def test_an_optimizer_of_few_bits_without_transformer_engine(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "optimizer.use_precision_aware_optimizer=true", "precision.recipe=bf16")
+    with pytest.raises(ValueError, match="use_precision_aware_optimizer needs TransformerEngine; install megaspeech"):
+        require_machine(config)
 
 
 @pytest.mark.usefixtures("hopper")

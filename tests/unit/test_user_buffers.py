@@ -8,6 +8,7 @@ import pytest
 from one_rank import make_config
 
 from megaspeech.config import Config
+from megaspeech.parallel.requirements import require_machine
 from megaspeech.parallel.user_buffers import buffered_frames, initialise_user_buffers
 
 
@@ -27,8 +28,8 @@ def test_a_context_parallel_rank_holds_its_share_of_what_fp8_pads(tmp_path: Path
 
 
 def test_without_a_gpu_it_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="parallel.tp_comm_overlap: needs GPUs and TransformerEngine"):
-        initialise_user_buffers(config_of(tmp_path))
+    with pytest.raises(ValueError, match="parallel.tp_comm_overlap needs a GPU, and here is none; set it false"):
+        require_machine(config_of(tmp_path))
 
 
 def test_nobody_else_is_asked(tmp_path: Path) -> None:
