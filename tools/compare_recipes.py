@@ -92,7 +92,7 @@ def _report(trained: list[Trained], verdicts: list[Verdict], arguments: argparse
         if verdict.fault:
             print(f"{verdict.recipe}: {verdict.fault}")
     machine = {"device": _device(), "torch": torch.__version__, "python": platform.python_version()}
-    curves = {run.recipe: {name: _rounded(values) for name, values in run.losses.items()} for run in trained}
+    curves = {run.recipe: {name: _rounded(run.losses[name]) for name in JUDGED if run.has_run} for run in trained}
     name = f"{arguments.config.resolve().parent.name}/{arguments.config.name}"
     asked = {"config": name, "overrides": arguments.overrides, "steps": arguments.steps}
     found = {**asked, "machine": machine, "verdicts": [_row(verdict) for verdict in verdicts], "curves": curves}

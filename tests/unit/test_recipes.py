@@ -68,7 +68,7 @@ def test_both_start_from_one_seed_and_meet_the_same_batches(
     final = sum(record["text_loss"] for record in bf16[-2:]) / 2
     figures = json.loads((directory / "out/recipes.json").read_text())
     assert figures["verdicts"][3]["finals"]["text_loss"] == pytest.approx(final)
-    assert len(figures["curves"]["bf16"]["loss/codebook_0"]) == 20
+    assert len(figures["curves"]["bf16"]["audio_loss"]) == 20
 
 
 def test_under_torchrun_anew_and_out_of_the_band(compared: tuple[Path, subprocess.CompletedProcess]) -> None:
