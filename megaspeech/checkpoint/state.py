@@ -22,6 +22,7 @@ from megaspeech.model.speech_text_model import SpeechTextModel
 from megaspeech.parallel import groups
 from megaspeech.parallel.fsdp2 import FullyShardedChunk
 from megaspeech.parallel.megatron_fsdp import MegatronShardedChunk
+from megaspeech.parallel.precision import unpickling_scales
 from megaspeech.parallel.wrap import Wrapped
 
 FULLY_SHARDED = (FullyShardedChunk, MegatronShardedChunk)
@@ -58,14 +59,14 @@ def run_state(wrapped: Wrapped, *, step: int, is_loading: bool = False) -> dict[
 
 def load_model_state(wrapped: Wrapped, state: dict[str, Any]) -> None:
     """Put a loaded model into place, and let the optimizer copy it where it keeps copies."""
-    _load_models(wrapped, state["model"])
+    _load_models(wrapped, state["model"], with_scales=False)
     wrapped.optimizer.reload_model_params()
     _install(wrapped)
 
 
 def load_run_state(wrapped: Wrapped, state: dict[str, Any]) -> int:
     """Put a loaded run into place; returns the step to go on with."""
-    _load_models(wrapped, state["model"])
+    _load_models(wrapped, state["model"], with_scales=wrapped.config.precision.recipe == "fp8-delayed")
     load_optimizer_state(wrapped.optimizer, state["optimizer"])
     _install(wrapped)
     wrapped.scheduler.load_state_dict(state["scheduler"])
@@ -100,12 +101,25 @@ def _in_precision_of(wrapped: Wrapped, state: dict[str, Any]) -> dict[str, Any]:
     return dict_list_map_outplace(cast, state)
 
 
-def _load_models(wrapped: Wrapped, state: dict[str, Any]) -> None:
+def _load_models(wrapped: Wrapped, state: dict[str, Any], *, with_scales: bool) -> None:
     for index, (model, chunk) in enumerate(zip(wrapped.models, wrapped.chunks, strict=True)):
         if isinstance(chunk, FULLY_SHARDED):
             chunk.load(state[f"chunk{index}"])
         else:
-            model.load_state_dict(state[f"chunk{index}"])
+            load_model(model, state[f"chunk{index}"], with_scales=with_scales)
+
+
+def load_model(model: torch.nn.Module, state: dict[str, Any], *, with_scales: bool) -> None:
+    """Put loaded values into a model: weights, and the scales of "fp8-delayed" where the same run goes on.
+
+    Another recipe has no use for them, and what others have trained need not be trusted with them
+    (`parallel.precision`): a few microbatches find new ones.
+    """
+    if with_scales:
+        with unpickling_scales():
+            model.load_state_dict(state)
+        return
+    model.load_state_dict({key: None if key.endswith("._extra_state") else value for key, value in state.items()})
 
 
 def _install(wrapped: Wrapped) -> None:
@@ -126,5 +140,5 @@ def load_whole_model(path: str | Path) -> tuple[SpeechTextModel, Config]:
         groups.initialise(config.parallel, seed=config.run.seed)
     model = SpeechTextModel(config, pre_process=True, post_process=True)
     wanted = {"model": {"chunk0": model.sharded_state_dict(metadata=metadata())}}
-    model.load_state_dict(load(path, wanted, config=config)["model"]["chunk0"])
+    load_model(model, load(path, wanted, config=config)["model"]["chunk0"], with_scales=False)
     return model, config

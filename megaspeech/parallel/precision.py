@@ -1,7 +1,8 @@
-"""A pause for an FP8 recipe, and its end."""
+"""A pause for an FP8 recipe, its scales from a checkpoint, and its end."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,23 @@ def without_fp8(models: Sequence[MegatronModule]) -> Iterator[None]:
     finally:
         for config, mode in zip(configs, modes, strict=True):
             config.fp8 = mode
+
+
+@contextmanager
+def unpickling_scales() -> Iterator[None]:
+    """Let TransformerEngine take up the scales and amax history of "fp8-delayed" from a checkpoint of the run's own.
+
+    It keeps them pickled, which may run code, and refuses them (`_extra_state.py`) unless told to trust the file.
+    """
+    name = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def forget_recipes() -> None:

@@ -38,7 +38,7 @@ FEW_BITS = (*BF16, "optimizer.use_precision_aware_optimizer=true", "optimizer.ex
         ("local", (LOCAL,), 1e-3),
         ("triton", (LOCAL, "model.kernels=triton"), 1e-3),
         ("graphs", (LOCAL, "model.depth_graph_multiple=32"), 1e-3),
-        ("transformer-engine", (TE,), 1e-3),
+        ("transformer-engine", (TE,), 5e-3),  # whose FP32 products are TF32's, rounded to 2^-11
         ("bf16", BF16, 5e-2),
         ("few-bits", (*FEW_BITS, "optimizer.exp_avg_sq_dtype=bf16"), 5e-2),
         ("fp8-weights", (TE, "precision.recipe=fp8-tensorwise", "precision.fp8_param_gather=true"), 1e-1),
@@ -62,17 +62,25 @@ def test_losses_equal_a_cpu_ranks(
     assert all(gpu["loss"] == pytest.approx(cpu["loss"], rel=tolerance) for cpu, gpu in pairs)
 
 
-@pytest.mark.parametrize("remainders", ["true", "false"])
-def test_an_optimizer_of_few_bits_goes_on_as_if_nothing_had_happened(
-    remainders: str, on_cpu: tuple[Path, Path], tmp_path: Path
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (*FEW_BITS, "optimizer.store_param_remainders=true"),
+        (*FEW_BITS, "optimizer.store_param_remainders=false"),
+        (TE, "precision.recipe=fp8-delayed"),
+        (TE, "precision.recipe=fp8-tensorwise", "precision.fp8_param_gather=true"),
+    ],
+    ids=["remainders", "whole main weights", "delayed scales", "FP8 weights"],
+)
+def test_a_run_goes_on_as_if_nothing_had_happened(
+    overrides: tuple[str, ...], on_cpu: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """20 steps in one go, and 10 and 10: its state is whole in the checkpoint between."""
+    """20 steps in one go, and 10 and 10: what it keeps in few bits is whole in the checkpoint between."""
     config, directory = on_cpu
-    few_bits = (*FEW_BITS, f"optimizer.store_param_remainders={remainders}", f"data.directory={directory}/shards")
     for name, *exits in (("whole", 0), ("halves", 10, 0)):
         for step in exits:
-            places = (f"run.directory={tmp_path}/{name}", f"training.exit_step={step}")
-            finished = train(config, *few_bits, *places)
+            places = (f"data.directory={directory}/shards", f"run.directory={tmp_path}/{name}")
+            finished = train(config, *overrides, *places, f"training.exit_step={step}")
             assert finished.returncode == 0, finished.stderr
     pairs = zip(curve(tmp_path / "whole"), curve(tmp_path / "halves"), strict=True)
     assert all(halves["loss"] == pytest.approx(whole["loss"], rel=1e-4) for whole, halves in pairs)

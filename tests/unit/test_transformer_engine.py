@@ -14,6 +14,7 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.transformer.spec_utils import build_module
 from one_rank import make_config, one_rank  # noqa: F401
 
+from megaspeech.checkpoint.state import load_model
 from megaspeech.config import Config
 from megaspeech.model.counting import count_parameters
 from megaspeech.model.speech_text_model import SpeechTextModel
@@ -132,3 +133,23 @@ def test_its_state_is_whole_in_checkpoints() -> None:
     adam.set_scaled_state(param, "exp_avg_sq", loaded)
     assert torch.equal(adam.get_unscaled_state(param, MAIN), loaded)
     assert torch.equal(adam.get_unscaled_state(param, "exp_avg_sq"), loaded)
+
+
+def test_scales_of_the_same_run_alone_are_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.fp8_utils import get_fp8_recipe
+
+    monkeypatch.delenv("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", raising=False)
+    config = make_config(tmp_path, TE, "precision.recipe=fp8-delayed", "precision.fp8_amax_history_len=4")
+    trained, own, other = (build_layer(config, device="cpu").mlp for _ in range(3))
+    linear = trained.linear_fc1
+    linear.fp8_meta.update(recipe=get_fp8_recipe(trained.config), fp8_checkpoint=True, num_gemms=1)
+    linear.init_fp8_meta_tensors(linear.fp8_meta["recipe"])
+    linear.fp8_meta["scaling_fwd"].scale.fill_(8.0)
+    state = trained.state_dict()
+    load_model(own, state, with_scales=True)
+    assert (own.linear_fc1.fp8_meta["scaling_fwd"].scale == 8).all()
+    load_model(other, state, with_scales=False)
+    assert "scaling_fwd" not in other.linear_fc1.fp8_meta
+    assert torch.equal(other.linear_fc1.weight, linear.weight)
+    with pytest.raises(RuntimeError, match="Refusing to load pickled"):  # what is not asked for is still refused
+        other.load_state_dict(state)
