@@ -85,6 +85,9 @@ def build_grid(parallel: ParallelSection, *, seed: int) -> Grid:
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_size,
     )
+    # Every stage draws its own layers, as megatron's training does; the ranks of a stage share the host's draws.
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return current_grid(parallel)
 
