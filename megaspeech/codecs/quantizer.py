@@ -3,7 +3,6 @@
 Shapes: R rows (frames), Q codebooks, K entries of a codebook, D width, W beam width.
 """
 
-import faiss
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,7 +14,14 @@ def fit_codebooks(rows_RD: Tensor, *, num_codebooks: int, cardinality: int, iter
     """Codebooks ``[Q, K, D]`` (float64), each by k-means on what those before left over (faiss ``ResidualQuantizer``).
 
     Trained greedily on more rows instead of with a beam on fewer: the same time, and measured as good.
+
+    Raises:
+        ImportError: faiss is not installed; says how to.
     """
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError("fitting a codec needs faiss; pip install -c constraints.txt faiss-cpu") from error
     quantizer = faiss.ResidualQuantizer(rows_RD.shape[1], num_codebooks, cardinality.bit_length() - 1)
     quantizer.train_type = faiss.ResidualQuantizer.Train_default
     quantizer.max_beam_size = 1
