@@ -40,9 +40,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="the run; it needs its shards")
     parser.add_argument("overrides", nargs="*", help="section.field=value")
-    parser.add_argument(
-        "--recipes", default="bf16,fp8-delayed,fp8-tensorwise,fp8-blockwise", help="of precision.recipe"
-    )
+    parser.add_argument("--recipes", default=RECIPES, help="of precision.recipe")
     parser.add_argument("--steps", type=int, default=300, help="of every run")
     parser.add_argument("--band", type=float, default=0.01, help="largest difference of a final loss, as a share")
     parser.add_argument("--output", type=Path, required=True, help="folder for everything; all nodes share it")
