@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
 
 def _silence_known_warnings() -> None:
     """What 64 ranks would each print at start, and no user can act on."""
-    # TransformerEngine and Apex are missing: model.transformer_impl has said so.
+    # megatron-core's about its own defaults; those about missing packages nobody hears (megaspeech/__init__.py).
     warnings.filterwarnings("ignore", module="megatron")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megaspeech.kernels.benchmarks.providers import COMPILED, EAGER
 from megaspeech.kernels.benchmarks.rows import Measurements, Row, by_case, speedup_over
@@ -21,10 +22,6 @@ class Aim:
     bound: float
     figure: Callable[[Measurements], float | None]
     is_least: bool = True
-
-    def is_reached_by(self, figure: float) -> bool:
-        """Whether the figure is on the right side of the bound."""
-        return figure >= self.bound if self.is_least else figure <= self.bound
 
 
 @dataclass(frozen=True)
@@ -70,6 +67,17 @@ AIMS = (
 )
 
 
+def worst_of(
+    figures: Sequence[tuple[float, Any]], *, bound: float, is_least: bool
+) -> tuple[str, float | None, Any | None]:
+    """(verdict, figure, where) of the worst of some (figure, where): "pass" where it is on the right side of the bound,
+    "fail" where not, "not measured" without any."""
+    worst, where = (min if is_least else max)(figures, default=(None, None))
+    if worst is None:
+        return "not measured", None, None
+    return "pass" if (worst >= bound if is_least else worst <= bound) else "fail", worst, where
+
+
 def judge(rows: list[Row]) -> list[Judged]:
     """Every aim. A case that our kernel failed fails the aim; one that only its opponent failed is left out."""
     return [_judge(aim, [case for key, case in by_case(rows).items() if key[0] == aim.operation]) for aim in AIMS]
@@ -79,13 +87,9 @@ def _judge(aim: Aim, cases: list[Measurements]) -> Judged:
     ours = [case for case in cases if OURS in case]
     broken = [_name(case) for case in ours if any(row.is_fault for row in case[OURS].values())]
     figures = [(figure, _name(case)) for case in ours if (figure := aim.figure(case)) is not None]
-    worst, where = (min if aim.is_least else max)(figures, default=(None, None))
+    verdict, worst, where = worst_of(figures, bound=aim.bound, is_least=aim.is_least)
     if broken:
         verdict, where = "fail", broken[0]
-    elif worst is None:
-        verdict = "not measured"
-    else:
-        verdict = "pass" if aim.is_reached_by(worst) else "fail"
     return Judged(aim.operation, aim.text, aim.bound, verdict, worst, where, len(figures), len(cases))
 
 

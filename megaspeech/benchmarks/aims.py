@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megaspeech.benchmarks.figures import Row, by_provider
+from megaspeech.kernels.benchmarks.aims import worst_of
 
 AIMED_AT = "set for one H200, model 8b, 16,384 frames a step or more"
 PUBLISHED = (
@@ -23,10 +24,6 @@ class Aim:
     figure: Callable[[Row | None, Row | None, Row | None], float | None]
     is_least: bool = True
 
-    def is_reached_by(self, figure: float) -> bool:
-        """Whether the figure is on the right side of the bound."""
-        return figure >= self.bound if self.is_least else figure <= self.bound
-
 
 @dataclass(frozen=True)
 class Judged:
@@ -35,8 +32,8 @@ class Judged:
     text: str
     bound: float
     verdict: str
-    worst: float | None = None
-    num_layers: int | None = None
+    worst: float | None
+    num_layers: int | None
 
 
 def _times(row: Row | None, other: Row | None) -> float | None:
@@ -70,7 +67,4 @@ def _judge(aim: Aim, rows: list[Row]) -> Judged:
     layers = sorted({row.num_layers for row in rows})
     cases = [(aim.figure(*by_provider(rows, num_layers=number)), number) for number in layers]
     figures = [(figure, number) for figure, number in cases if figure is not None]
-    if not figures:
-        return Judged(aim.text, aim.bound, "not measured")
-    worst, number = (min if aim.is_least else max)(figures)
-    return Judged(aim.text, aim.bound, "pass" if aim.is_reached_by(worst) else "fail", worst, number)
+    return Judged(aim.text, aim.bound, *worst_of(figures, bound=aim.bound, is_least=aim.is_least))

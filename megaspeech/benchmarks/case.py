@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megaspeech.config import Config, read_config
 from megaspeech.data.synthetic import write_synthetic_shards
+from megaspeech.training.one_run import QUIET
 
 OURS, MOSHI = "megaspeech", "moshi"
 PEERS = (MOSHI,)
@@ -16,7 +17,7 @@ WARM_UP = 3
 """Steps before the clock starts: they compile, choose algorithms, and make the optimizer's state."""
 BASE = (
     *(f"data.mixture={{{TASK} = 1.0}}", "data.num_workers=0", "codec.path=", "data.tokenizer="),
-    *("training.eval_interval=0", "checkpoint.save_interval=0", "logging.tensorboard=false"),
+    *QUIET,
 )
 
 

@@ -20,8 +20,7 @@ from megaspeech.config import Config
 from megaspeech.data.loading import StepBatches
 from megaspeech.data.mixture import Batch, TrainBatches
 from megaspeech.parallel import groups
-from megaspeech.parallel.watchdog import Watchdog
-from megaspeech.training.signals import StopSignals
+from megaspeech.training.one_run import trainer_of
 from megaspeech.training.trainer import Trainer
 
 Step = Callable[[list[Batch]], float]
@@ -47,12 +46,10 @@ def training(config: Config) -> Iterator[Trainer]:
     """A trainer of the run alone in this process, up to its first step; process groups come and go with it."""
     grid = groups.initialise(config.parallel, seed=config.run.seed)
     try:
-        with Watchdog(directory=config.run.directory, timeout=config.training.hang_timeout) as watchdog:
-            trainer = Trainer(config, grid=grid, signals=StopSignals(), watchdog=watchdog)
+        with trainer_of(config, grid=grid) as trainer:
             trainer.journal.resume(0)
             yield trainer
             trainer.journal.close()
-            trainer.wrapped.release()
     finally:
         groups.shut_down()
 

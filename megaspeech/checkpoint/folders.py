@@ -20,6 +20,11 @@ LATEST = "latest"
 UNFINISHED, REMOVED = ".part", ".removed"
 
 
+def folder_of(step: int) -> str:
+    """The name of a checkpoint's folder."""
+    return f"step_{step:08d}"
+
+
 def step_of(path: Path) -> int:
     """The training step of a checkpoint's folder, finished or not."""
     return int(path.name.removeprefix("step_").partition(".")[0])

@@ -25,6 +25,7 @@ from megaspeech.checkpoint.folders import (
     REMOVED,
     UNFINISHED,
     finished,
+    folder_of,
     leftovers,
     named_latest,
     outlived,
@@ -135,7 +136,7 @@ class CheckpointStore:
         return writing.saved
 
     def _write(self, snapshot: Snapshot, *, step: int) -> Saved:
-        path = self.directory / f"step_{step:08d}"
+        path = self.directory / folder_of(step)
         aside = path.with_suffix(UNFINISHED)
         try:
             needed = sum(self.ranks.each(lambda: snapshot.num_bytes))

@@ -23,12 +23,12 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
-from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from megaspeech.checkpoint.checksums import Checksum
 from megaspeech.checkpoint.ranks import RankFailure, Ranks, reason
+from megaspeech.parallel.precision import without_scales
 
 FORMAT = CheckpointingConfig("torch_dist", 1)
 COMMON_FILE = "common.pt"
@@ -66,7 +66,7 @@ def take_snapshot(state: dict[str, Any], *, rank: int, copy: bool) -> Snapshot:
         if not is_main_replica(item.replica_id):
             continue
         if isinstance(item, ShardedTensor):
-            item.data = _plain(item.data.detach())
+            item.data = without_scales(item.data.detach())
             item.data = item.data.to("cpu", copy=True) if copy else item.data
             num_bytes += item.data.numel() * item.data.element_size()
         mine.setdefault(item.unique_key if isinstance(item, ShardedObject) else item.key, []).append(item)
@@ -77,11 +77,6 @@ def take_snapshot(state: dict[str, Any], *, rank: int, copy: bool) -> Snapshot:
     if rank == 0:
         torch.save(common, buffer)
     return Snapshot(written, buffer.getvalue(), num_bytes + len(buffer.getbuffer()) + num_items * BYTES_AN_ITEM)
-
-
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """FP8 weights, whose scales are TransformerEngine's, in the numbers that they stand for."""
-    return dequantize_fp8_tensor(tensor) if is_float8tensor(tensor) else tensor
 
 
 def write_snapshots(snapshot: Snapshot, directory: Path, *, ranks: Ranks) -> dict[str, Checksum]:

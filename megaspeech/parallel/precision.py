@@ -7,7 +7,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
 
 
 @contextmanager
@@ -27,6 +29,11 @@ def without_fp8(models: Sequence[MegatronModule]) -> Iterator[None]:
     finally:
         for config, mode in zip(configs, modes, strict=True):
             config.fp8 = mode
+
+
+def without_scales(tensor: Tensor) -> Tensor:
+    """The numbers that a weight kept in FP8 stands for, whose scales TransformerEngine keeps; others as they are."""
+    return dequantize_fp8_tensor(tensor) if is_float8tensor(tensor) else tensor
 
 
 @contextmanager

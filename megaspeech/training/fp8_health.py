@@ -14,12 +14,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.fp8_utils import dequantize_fp8_tensor, is_first_last_bf16_layer, is_float8tensor
+from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn import functional as F
 
 from megaspeech.config import Config
+from megaspeech.parallel.precision import without_scales
 from megaspeech.parallel.reductions import max_over_tensor_parallel, over_all_ranks
 from megaspeech.training.fp8_arithmetic import OPERANDS, Cast, casts, lost_in_cast, scale_for
 from megaspeech.training.journal import Journal
@@ -118,8 +119,7 @@ class Tally:
         self._add((*place, 0), _normalised(module, arguments[0]), scale=_scale_in_use(module, "scaling_fwd", 0))
         if place not in self._weighed:  # it is the same in all microbatches; kept in FP8, it has been cast before
             self._weighed.add(place)
-            weight = dequantize_fp8_tensor(module.weight) if is_float8tensor(module.weight) else module.weight
-            self._add((*place, 1), weight, scale=_scale_in_use(module, "scaling_fwd", 1))
+            self._add((*place, 1), without_scales(module.weight), scale=_scale_in_use(module, "scaling_fwd", 1))
         output[0].register_hook(
             lambda gradient: self._add((*place, 2), gradient, scale=_scale_in_use(module, "scaling_bwd", 0))
         )

@@ -5,13 +5,31 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+from megaspeech.checkpoint.folders import folder_of
 from megaspeech.config import Config
 from megaspeech.parallel import groups
+from megaspeech.parallel.groups import Grid
 from megaspeech.parallel.watchdog import Watchdog
 from megaspeech.training.signals import StopSignals
 from megaspeech.training.trainer import Trainer
+
+QUIET = (
+    *("training.exit_step=0", "training.eval_interval=0", "checkpoint.save_interval=0"),
+    *("logging.tensorboard=false", "logging.sample_interval=0"),
+)
+"""Settings of a run that leaves no files but its records and its last checkpoint."""
+
+
+@contextlib.contextmanager
+def trainer_of(config: Config, *, grid: Grid) -> Iterator[Trainer]:
+    """The trainer of a run that no signal stops, watched, and let go of in the end."""
+    with Watchdog(directory=config.run.directory, timeout=config.training.hang_timeout) as watchdog:
+        trainer = Trainer(config, grid=grid, signals=StopSignals(), watchdog=watchdog)
+        yield trainer
+        trainer.wrapped.release()
 
 
 def train_here(config: Config) -> None:
@@ -20,18 +38,15 @@ def train_here(config: Config) -> None:
     The process group of all ranks is up (`parallel.groups.join`), its grid is not; all ranks call this.
     """
     grid = groups.build_grid(config.parallel, seed=config.run.seed)
-    watchdog = Watchdog(directory=config.run.directory, timeout=config.training.hang_timeout)
-    with contextlib.redirect_stdout(io.StringIO()), watchdog:
-        trainer = Trainer(config, grid=grid, signals=StopSignals(), watchdog=watchdog)
+    with contextlib.redirect_stdout(io.StringIO()), trainer_of(config, grid=grid) as trainer:
         trainer.run()
-        trainer.wrapped.release()
-        del trainer
+    del trainer
     groups.remove_grid()
 
 
 def seed_checkpoint(directory: Path) -> Path:
     """The untrained weights of a run in `directory` with `checkpoint.save_seed`."""
-    return directory / "checkpoints" / f"step_{0:08d}"
+    return directory / "checkpoints" / folder_of(0)
 
 
 def curve(directory: Path) -> list[dict]:

@@ -21,13 +21,10 @@ import torch.distributed as dist
 from megaspeech.config import Config, read_config
 from megaspeech.parallel import groups
 from megaspeech.parallel.requirements import require_machine
-from megaspeech.training.one_run import curve, seed_checkpoint, train_here
+from megaspeech.training.one_run import QUIET, curve, seed_checkpoint, train_here
 
-RUN = (
-    *("training.exit_step=0", "training.eval_interval=0", "checkpoint.save_interval=0", "checkpoint.keep_last=2"),
-    *("checkpoint.async_save=false", "logging.tensorboard=false", "logging.sample_interval=0"),
-)
-"""Of every run that is compared: no files but its records and its last checkpoint."""
+RUN = (*QUIET, "checkpoint.keep_last=2", "checkpoint.async_save=false")
+"""Of every run that is compared."""
 JUDGED = ("loss", "text_loss", "audio_loss")
 """Losses that must lie within the band: what is minimised, and its two parts. The streams' own are reported; a codebook
 that is all but learned has a few hundredths of a nat left, of which a hundredth means nothing."""
