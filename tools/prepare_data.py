@@ -1,8 +1,9 @@
 """Manifests to shards: `python tools/prepare_data.py CONFIG.toml TRAIN.jsonl VALID.jsonl [section.field=value ...]`.
 
-Reads NeMo JSONL (see megaspeech/data/manifest.py), decodes with DALI, and writes `data.directory`/train and /valid, one
-shard a task. What is missing is made from the training manifest first: the `spectral` codec is fitted and saved in
-`codec.path`, the tokenizer trained and saved in `data.tokenizer`. What is there is kept, so a killed run goes on.
+Reads NeMo JSONL (see megaspeech/preparation/manifest.py), decodes with DALI, and writes `data.directory`/train and
+/valid, one shard a task. What is missing is made from the training manifest first: the `spectral` codec is fitted and
+saved in `codec.path`, the tokenizer trained and saved in `data.tokenizer`. What is there is kept, so a killed run goes
+on.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def main(arguments: list[str]) -> int:
 
 def _prepare(config, *, train: Path, valid: Path) -> None:
     from megaspeech.codecs.registry import load_codec
-    from megaspeech.data.manifest import read_manifest
     from megaspeech.data.tokenizer import Tokenizer
+    from megaspeech.preparation.manifest import read_manifest
 
     manifests = {"train": read_manifest(train), "valid": read_manifest(valid)}
     if not (Path(config.codec.path) / "codec.json").is_file():
@@ -53,8 +54,8 @@ def _fit_codec(config, utterances) -> None:
     from tqdm import tqdm
 
     from megaspeech.codecs.spectral import SpectralCodec, SpectralConfig
-    from megaspeech.data.decode import Rejection, decode_files
-    from megaspeech.data.prepare import recordings_of
+    from megaspeech.preparation.decode import Rejection, decode_files
+    from megaspeech.preparation.prepare import recordings_of
 
     if config.codec.name != SpectralCodec.name:
         raise ValueError(
@@ -63,7 +64,7 @@ def _fit_codec(config, utterances) -> None:
     sizes = SpectralConfig(num_codebooks=config.streams.num_codebooks, cardinality=config.streams.cardinality)
     recordings = recordings_of(utterances)
     chosen = np.random.default_rng(config.run.seed).permutation(len(recordings))[:FIT_RECORDINGS]
-    decoded = decode_files([recordings[index] for index in chosen], sample_rate=sizes.sample_rate)
+    decoded = decode_files([recordings[index].path for index in chosen], sample_rate=sizes.sample_rate)
     results = [result for _, result in tqdm(decoded, "decoded by DALI", len(chosen))]
     waveforms = [result for result in results if not isinstance(result, Rejection)]
     if not waveforms:
@@ -91,7 +92,7 @@ def _train_tokenizer(config, utterances) -> None:
 def _write_shards(config, split: str, utterances, *, codec, tokenizer) -> None:
     from tqdm import tqdm
 
-    from megaspeech.data.prepare import prepare_shards
+    from megaspeech.preparation.prepare import prepare_shards
 
     headers = prepare_shards(
         utterances,

@@ -29,7 +29,7 @@ def draw(
     text_axes, audio_axes = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
     _losses(directory / "train" / "metrics.jsonl", text_axes, audio_axes)
     spoken = next(result for result in results if result.utterance.task.key == "tts-en")
-    reference = codec.decode(torch.from_numpy(codes[spoken.utterance.audio_path])[None])[0].numpy()
+    reference = codec.decode(torch.from_numpy(codes[spoken.utterance.spoken])[None])[0].numpy()
     said = " ".join(spoken.reference)
     for place, (title, samples) in enumerate(
         ((f'held-out "{said}", through the codec', reference), (f'the model says "{said}"', spoken.waveform_N))
@@ -75,7 +75,7 @@ def _timeline(
     """Heard words, written words and spoken sound of one speech-to-speech answer, on the session's clock."""
     utterance, frame = result.utterance, 1 / codec.frame_rate
     origin = timing.speech_origin(utterance.task) * frame
-    heard = codec.decode(torch.from_numpy(codes[utterance.audio_path])[None])[0].numpy()
+    heard = codec.decode(torch.from_numpy(codes[utterance.heard])[None])[0].numpy()
     rows = ((2.0, heard, origin, "heard"), (0.0, result.waveform_N, 0.0, "said"))
     for height, samples, start, name in rows:
         scaled = np.asarray(samples) / max(1e-6, float(np.abs(samples).max())) * 0.6

@@ -19,10 +19,11 @@ from tqdm import tqdm
 from megaspeech.codecs.protocol import Codec
 from megaspeech.codecs.registry import load_codec
 from megaspeech.config import Config
-from megaspeech.data.manifest import Utterance, read_manifest
-from megaspeech.data.prepare import encode_recordings, recordings_of
 from megaspeech.data.tokenizer import Tokenizer
 from megaspeech.model.counting import count_parameters
+from megaspeech.preparation.manifest import read_manifest
+from megaspeech.preparation.prepare import encode_recordings, recordings_of
+from megaspeech.preparation.utterance import Utterance
 from megaspeech.streaming.evaluation import Evaluated, Evaluator
 from megaspeech.streaming.runtime import load_runtime
 from megaspeech.streaming.scoring import Score, result_entries, score, score_by_task
@@ -136,7 +137,7 @@ def _spoken_scores(
         heard = [judge(result.waveform_N, codec.sample_rate) for result in spoken]
         scores[task] = score([result.reference for result in spoken], heard)
         if task == "tts-en":
-            trips = [codec.decode(torch.from_numpy(codes[result.utterance.audio_path])[None])[0] for result in spoken]
+            trips = [codec.decode(torch.from_numpy(codes[result.utterance.spoken])[None])[0] for result in spoken]
             heard = [judge(trip.numpy(), codec.sample_rate) for trip in trips]
             scores["codec-en"] = score([result.reference for result in spoken], heard)
     return scores

@@ -12,6 +12,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from megaspeech.config.checks import cross_section_faults
+from megaspeech.config.preparation import SourceSection
 from megaspeech.config.presets import PRESETS
 from megaspeech.config.schema import SECTIONS, Config
 from megaspeech.config.section import Section
@@ -86,8 +87,8 @@ def _apply_override(tables: dict[str, Any], override: str, faults: list[str]) ->
 
 
 def _build(tables: dict[str, Any], *, source: str, faults: list[str], world_size: int | None) -> Config:
-    for name in tables.keys() - SECTIONS.keys():
-        faults.append(f"{name}: no such section{_nearest(name, SECTIONS)}")
+    for name in tables.keys() - SECTIONS.keys() - {"sources"}:
+        faults.append(f"{name}: no such section{_nearest(name, [*SECTIONS, 'sources'])}")
     tables = _with_preset(tables, faults)
     sections: dict[str, Section] = {}
     for name, section in SECTIONS.items():
@@ -100,10 +101,28 @@ def _build(tables: dict[str, Any], *, source: str, faults: list[str], world_size
             faults.append(f"{name}: is a section, not a value; write [{name}] above its keys")
         except ValidationError as error:
             faults.extend(_fault_lines(name, section, error))
+    sources = _sources(tables.get("sources", []), faults)
     faults.extend(cross_section_faults(sections, world_size=world_size))
     if faults:
         raise ConfigError(source, faults)
-    return Config(**sections)
+    return Config(**sections, sources=sources)
+
+
+def _sources(tables: Any, faults: list[str]) -> tuple[SourceSection, ...]:
+    """The `[[sources]]`, whose names must differ."""
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        faults.append("sources: is a list of tables; write [[sources]] above the keys of each")
+        return ()
+    sources = []
+    for place, table in enumerate(tables):
+        try:
+            sources.append(SourceSection.model_validate(table))
+        except ValidationError as error:
+            faults.extend(_fault_lines(f"sources[{place}]", SourceSection, error))
+    names = [source.name for source in sources]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    faults.extend(f"sources: {name!r} is the name of several; give each its own" for name in repeated)
+    return tuple(sources)
 
 
 def _with_preset(tables: dict[str, Any], faults: list[str]) -> dict[str, Any]:

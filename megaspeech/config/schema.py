@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megaspeech.config.computation import OptimizerSection, ParallelSection, PrecisionSection
+from megaspeech.config.preparation import AugmentationSection, PreparationSection, SourceSection
 from megaspeech.config.section import Natural, Positive, Section
 
 
@@ -116,9 +117,9 @@ class DataSection(Section):
     """Shards, their mixture and the batches made of them."""
 
     directory: str = "shards"
-    """Holds `train/NAME.{bin,idx,json}` and `valid/NAME...` for every NAME of the mixture."""
+    """Holds `train/NAME/` and `valid/NAME/`, sets of shards, for every NAME of the mixture."""
     mixture: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
-    """Weight of each shard, by name; weights need not sum to 1."""
+    """Weight of each set of shards, by name; weights need not sum to 1."""
     tokenizer: str = "tokenizer.model"
     num_frames: Positive = 64
     """Longest sample that is trained on. A microbatch is as long as its longest sample."""
@@ -205,6 +206,12 @@ class Config(Section):
     precision: PrecisionSection
     checkpoint: CheckpointSection
     logging: LoggingSection
+    preparation: PreparationSection
+    augmentation: AugmentationSection
+    sources: tuple[SourceSection, ...] = ()
+    """`[[sources]]`, as many as there are."""
 
 
-SECTIONS: dict[str, type[Section]] = {name: field.annotation for name, field in Config.model_fields.items()}
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation for name, field in Config.model_fields.items() if name != "sources"
+}

@@ -1,1 +1,1 @@
-"""Data: manifests, decoding, text alignment, tasks, shards, mixing, loading."""
+"""From codes to batches: tasks, the tokenizer, shards, their mixture, loading."""

@@ -9,7 +9,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,9 +16,9 @@ import torch
 
 from megaspeech.codecs.protocol import Codec
 from megaspeech.config import Config
-from megaspeech.data.manifest import Utterance
-from megaspeech.data.prepare import compose, timing_of
 from megaspeech.data.tokenizer import Tokenizer
+from megaspeech.preparation.prepare import compose, timing_of
+from megaspeech.preparation.utterance import Recording, Utterance
 from megaspeech.streaming.latency import Latency, speech_latency, summarise, text_latency
 from megaspeech.streaming.scoring import answer_words
 from megaspeech.streaming.session import Answer, Request, acoustic_delay, answer
@@ -65,24 +64,25 @@ class Evaluator:
         self.timing = timing_of(config)
 
     def run(
-        self, utterances: Sequence[Utterance], codes: Mapping[Path, np.ndarray], *, progress: Progress = iter
+        self, utterances: Sequence[Utterance], codes: Mapping[Recording, np.ndarray], *, progress: Progress = iter
     ) -> list[Evaluated]:
         """Answers to all utterances, in batches of one task, and what they say.
 
         Args:
             utterances: a manifest.
-            codes: of their recordings, see `data.prepare.encode_recordings`; utterances without codes are left out.
+            codes: of their recordings, see `preparation.prepare.encode_recordings`; utterances without are left
+                out.
             progress: wraps the iteration over batches.
         """
         by_task: dict[str, list[Utterance]] = defaultdict(list)
         for utterance in utterances:
-            if all(path in codes for path in utterance.recordings):
+            if all(one in codes for one in utterance.recordings):
                 by_task[utterance.task.key].append(utterance)
         batches = [group[first : first + BATCH] for group in by_task.values() for first in range(0, len(group), BATCH)]
         return [result for batch in progress(batches) for result in self._run_batch(batch, codes)]
 
     def latencies(
-        self, utterances: Sequence[Utterance], codes: Mapping[Path, np.ndarray], *, progress: Progress = iter
+        self, utterances: Sequence[Utterance], codes: Mapping[Recording, np.ndarray], *, progress: Progress = iter
     ) -> dict[str, dict]:
         """Response latency by task key: `{"median", "p99", "median_parts"}` in ms, one session at a time."""
         decode_seconds = self._decode_seconds()
@@ -93,7 +93,7 @@ class Evaluator:
             measured[utterance.task.key].extend([latency] if latency else [])
         return {task: summarise(values) for task, values in measured.items()}
 
-    def _run_batch(self, batch: Sequence[Utterance], codes: Mapping[Path, np.ndarray]) -> Iterator[Evaluated]:
+    def _run_batch(self, batch: Sequence[Utterance], codes: Mapping[Recording, np.ndarray]) -> Iterator[Evaluated]:
         answers = answer(
             self.lm,
             [self._request(utterance, codes) for utterance in batch],
@@ -106,7 +106,7 @@ class Evaluator:
             waveform = self._decode(one.codes) if utterance.task.speaks else None
             yield Evaluated(utterance, one, answer_words(one, tokenizer=self.tokenizer), waveform)
 
-    def _request(self, utterance: Utterance, codes: Mapping[Path, np.ndarray]) -> Request:
+    def _request(self, utterance: Utterance, codes: Mapping[Recording, np.ndarray]) -> Request:
         task, told = utterance.task, None
         if not task.hears:
             told = tuple(map(tuple, self.tokenizer.encode_words(utterance.text.split(), told=True)))
@@ -114,7 +114,7 @@ class Evaluator:
         return Request(
             task,
             num_frames=reference.shape[1] + (PATIENCE_FRAMES if task.speaks else 0),
-            heard=codes[utterance.audio_path] if task.hears else None,
+            heard=None if utterance.heard is None else codes[utterance.heard],
             words=told,
         )
 

@@ -291,3 +291,40 @@ def test_counts_are_positive_whole_numbers(read: Read, section: str, key: str) -
 )
 def test_weights_and_rates_are_bounded(read: Read, override: str) -> None:
     assert the_fault(read, override).startswith(override.split("=")[0])
+
+
+TWO_SOURCES = """
+[model]
+preset = "tiny"
+[[sources]]
+name = "read-speech"
+train = "a.jsonl"
+[[sources]]
+name = "calls"
+format = "moshi"
+train = "calls/*.jsonl"
+weight = 2.5
+"""
+
+
+def test_sources_are_a_list_that_survives_writing(read: Read, tmp_path: Path) -> None:
+    config = read(text=TWO_SOURCES)
+    assert [(source.name, source.format, source.weight) for source in config.sources] == [
+        ("read-speech", "nemo", 1.0),
+        ("calls", "moshi", 2.5),
+    ]
+    write_config(config, tmp_path / "again.toml")
+    assert read_config(tmp_path / "again.toml") == config
+
+
+@pytest.mark.parametrize(
+    "text, fault",
+    [
+        (TWO_SOURCES.replace("read-speech", "calls"), "sources: 'calls' is the name of several; give each its own"),
+        (TWO_SOURCES.replace("weight", "weigth"), "sources[1].weigth: no such key; did you mean 'weight'?"),
+        (TWO_SOURCES.replace('"read-speech"', '"../up"'), "sources[0].name: '../up'"),
+        ('sources = "a.jsonl"\n[model]\npreset = "tiny"\n', "sources: is a list of tables; write [[sources]]"),
+    ],
+)
+def test_faults_of_sources(read: Read, text: str, fault: str) -> None:
+    assert fault in the_fault(read, text=text)

@@ -9,7 +9,7 @@ import pytest
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("nvidia.dali")
 
-from megaspeech.data.decode import Rejection, decode_files  # noqa: E402
+from megaspeech.preparation.decode import Rejection, decode_files  # noqa: E402
 
 RATE = 16000
 

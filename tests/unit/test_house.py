@@ -18,7 +18,7 @@ LONGEST_FILE, LONGEST_FUNCTION, LONGEST_TOOL = 350, 59, 150
 GROUPS = (
     ("config",),
     ("codecs", "kernels", "data", "model"),
-    ("parallel",),
+    ("parallel", "preparation"),
     ("checkpoint",),
     ("training", "planning", "streaming"),
     ("benchmarks",),
@@ -26,8 +26,8 @@ GROUPS = (
 )
 """A room may import those of the groups before its own."""
 ALSO = {("model", "kernels"), ("data", "codecs")}
-NEVER = {("kernels", "config"), ("training", "kernels")}
-MAY_SAY_CUDA = ("megaspeech/parallel/", "megaspeech/data/decode.py", "megaspeech/streaming/", "kernels/")
+NEVER = {("kernels", "config"), ("training", "kernels"), ("training", "preparation"), ("preparation", "model")}
+MAY_SAY_CUDA = ("megaspeech/parallel/", "megaspeech/preparation/decode.py", "megaspeech/streaming/", "kernels/")
 VAGUE_NAMES = {"utils.py", "helpers.py", "common.py", "misc.py"}
 
 LIBRARY = sorted([*ROOT.glob("megaspeech/**/*.py"), *ROOT.glob("kernels/**/*.py")])
@@ -101,6 +101,9 @@ def may_import(room: str, other: str) -> bool:
         ("kernels", "config", False),
         ("data", "codecs", True),
         ("data", "model", False),
+        ("data", "preparation", False),
+        ("preparation", "data", True),
+        ("training", "preparation", False),
         ("config", "data", False),
         ("checkpoint", "model", True),
         ("parallel", "checkpoint", False),

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from megaspeech.data.manifest import Utterance, Word, read_manifest
 from megaspeech.data.tasks import Task
+from megaspeech.preparation.manifest import read_manifest
+from megaspeech.preparation.utterance import Recording, Utterance, Word
 
 LINE = {
     "audio_filepath": "wav/x.wav",
@@ -40,14 +41,13 @@ def test_reads_every_field(tmp_path):
     }
     first, second = read_manifest(_write(tmp_path, LINE, "", answer))
     assert first == Utterance(
-        audio_path=tmp_path / "wav/x.wav",
-        duration=2.31,
+        heard=Recording(tmp_path / "wav/x.wav", duration=2.31),
         task=Task("st", source="ja", target="en"),
         text="three seven",
         words=(Word("three", 0.31, 0.66), Word("seven", 0.7, 1.1)),
         speaker="mei",
     )
-    assert second.target_audio_path == Path("/elsewhere/y.wav")
+    assert second.spoken == Recording(Path("/elsewhere/y.wav"))
     assert second.source_words[1] == Word("七", 0.3, 0.4)
 
 

@@ -18,12 +18,12 @@ pytest.importorskip("faiss")
 
 from megaspeech.codecs import SpectralCodec, SpectralConfig  # noqa: E402
 from megaspeech.config import Config  # noqa: E402
-from megaspeech.data.manifest import Utterance, Word  # noqa: E402
 from megaspeech.data.mixture import ShardSamples  # noqa: E402
-from megaspeech.data.prepare import compose, encode_recordings, prepare_shards  # noqa: E402
 from megaspeech.data.shards import Shard  # noqa: E402
 from megaspeech.data.tasks import Task  # noqa: E402
 from megaspeech.data.tokenizer import Tokenizer, train_tokenizer  # noqa: E402
+from megaspeech.preparation.prepare import compose, encode_recordings, prepare_shards  # noqa: E402
+from megaspeech.preparation.utterance import Recording, Utterance, Word  # noqa: E402
 
 RATE, FRAME = 16000, 1280
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -63,7 +63,8 @@ def record(folder: Path, name: str, *, seconds: float, pitch: float = 120.0) -> 
 
 def utterance(path: Path, *, task: Task = ASR, text: str = "three", ends: tuple[float, ...] = (0.5,)) -> Utterance:
     words = tuple(Word(word, end - 0.2, end) for word, end in zip(text.split(), ends, strict=True))
-    return Utterance(audio_path=path, duration=1.0, task=task, text=text, words=words)
+    audio = Recording(path)
+    return Utterance(task, text, words, heard=audio if task.hears else None, spoken=None if task.hears else audio)
 
 
 def rejections(directory: Path) -> dict[str, str]:
@@ -79,9 +80,9 @@ def test_what_is_wrong_is_set_aside_and_the_rest_goes_on(
     torn.write_bytes(torn.read_bytes()[:9000])
     long = record(tmp_path, "long", seconds=36 * 0.08)  # with the prompt and the task delay 41 frames
     fits = record(tmp_path, "fits", seconds=35 * 0.08)  # and here 40
-    target = replace(utterance(other, task=S2ST), target_audio_path=torn)
+    target = replace(utterance(other, task=S2ST), spoken=Recording(torn))
     rows = [utterance(path) for path in (good, torn, long, fits, tmp_path / "absent.wav")]
-    rows += [utterance(good, task=TTS), target, replace(target, target_audio_path=good)]
+    rows += [utterance(good, task=TTS), target, replace(target, spoken=Recording(good))]
     headers = prepare_shards(rows, tmp_path / "out", config=config, codec=codec, tokenizer=tokenizer)
 
     lines = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
@@ -125,8 +126,8 @@ def test_samples_hold_the_codes_of_their_recordings(
     samples, _ = soundfile.read(path, dtype="float32")
     expected = codec.encode(torch.from_numpy(samples)[None])[0].numpy()
     row = utterance(path, text="three seven", ends=(0.45, 0.9))
-    codes, rejected = encode_recordings([path], codec=codec)
-    assert not rejected and np.array_equal(codes[path], expected) and expected.shape == (4, 13)
+    codes, rejected = encode_recordings([Recording(path)], codec=codec)
+    assert not rejected and np.array_equal(codes[Recording(path)], expected) and expected.shape == (4, 13)
     sample_ST = compose(row, codes, config=config, codec=codec, tokenizer=tokenizer)
     assert np.array_equal(sample_ST[5:, 2:15], expected)  # heard
     assert (sample_ST[1:5] == codec.silence_codes.numpy()[:, None]).all()
@@ -138,7 +139,7 @@ def test_samples_hold_the_codes_of_their_recordings(
     assert text[three - 1 : three + len(pieces)].tolist() == [0, *pieces] and (text[2 : three - 1] == 3).all()
     assert text[-1] == 3  # one frame of PAD at least, to learn to fall silent
 
-    spoken_ST = compose(replace(row, task=TTS), codes, config=config, codec=codec, tokenizer=tokenizer)
+    spoken_ST = compose(replace(row, task=TTS, heard=None, spoken=row.heard), codes, config=config, codec=codec, tokenizer=tokenizer)
     origin = 2 + 1 + config.data.speech_lead
     assert np.array_equal(spoken_ST[1:5, origin : origin + 13], expected) and (spoken_ST[5:] == -1).all()
     end = tokenizer.processor.eos_id()
@@ -151,20 +152,22 @@ def test_samples_hold_the_codes_of_their_recordings(
 def test_batching_changes_no_code(tmp_path: Path, codec: SpectralCodec) -> None:
     """Recordings of one batch are padded to one length; each has the codes it has by itself."""
     lengths = [0.5, 1.7, 0.08, 1.01, 0.003]
-    paths = [record(tmp_path, f"{place}", seconds=s, pitch=100 + 20 * place) for place, s in enumerate(lengths)]
-    together, rejected = encode_recordings(paths, codec=codec)
-    assert not rejected and list(together) == paths
-    for path in paths:
-        alone, _ = encode_recordings([path], codec=codec)
-        samples, _ = soundfile.read(path)
-        assert together[path].shape == (4, -(-len(samples) // FRAME))
-        assert np.array_equal(together[path], alone[path])
+    recordings = [
+        Recording(record(tmp_path, f"{place}", seconds=s, pitch=100 + 20 * place)) for place, s in enumerate(lengths)
+    ]
+    together, rejected = encode_recordings(recordings, codec=codec)
+    assert not rejected and list(together) == recordings
+    for recording in recordings:
+        alone, _ = encode_recordings([recording], codec=codec)
+        samples, _ = soundfile.read(recording.path)
+        assert together[recording].shape == (4, -(-len(samples) // FRAME))
+        assert np.array_equal(together[recording], alone[recording])
 
 
 def test_more_recordings_than_a_batch(tmp_path: Path, codec: SpectralCodec, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = [record(tmp_path, f"{place}", seconds=0.1 * (place + 1)) for place in range(5)]
-    whole, _ = encode_recordings(paths, codec=codec)
-    monkeypatch.setattr("megaspeech.data.prepare.ENCODE_BATCH", 2)
+    recordings = [Recording(record(tmp_path, f"{place}", seconds=0.1 * (place + 1))) for place in range(5)]
+    whole, _ = encode_recordings(recordings, codec=codec)
+    monkeypatch.setattr("megaspeech.preparation.prepare.ENCODE_BATCH", 2)
     seen: list[int] = []
 
     def progress(items: Iterable, count: int) -> Iterator:
@@ -173,9 +176,9 @@ def test_more_recordings_than_a_batch(tmp_path: Path, codec: SpectralCodec, monk
             seen.append(item[0])
             yield item
 
-    by_two, _ = encode_recordings(paths, codec=codec, progress=progress)
-    assert seen == list(range(5)) and list(by_two) == paths
-    assert all(np.array_equal(by_two[path], whole[path]) for path in paths)
+    by_two, _ = encode_recordings(recordings, codec=codec, progress=progress)
+    assert seen == list(range(5)) and list(by_two) == recordings
+    assert all(np.array_equal(by_two[recording], whole[recording]) for recording in recordings)
 
 
 def test_directory_appears_when_all_is_written(
@@ -245,5 +248,5 @@ def test_fewer_codebooks_may_be_heard_than_said(
     prepare_shards([utterance(path)], tmp_path / "out", config=config, codec=codec, tokenizer=tokenizer)
     item = ShardSamples(tmp_path / "out" / "asr-en", config=config)[0]
     assert item["codes"].shape[0] == 5 + given and item["weights"].shape[0] == 5
-    codes, _ = encode_recordings([path], codec=codec)
-    assert np.array_equal(item["codes"][5:, 2:15], codes[path][:given])
+    codes, _ = encode_recordings([Recording(path)], codec=codec)
+    assert np.array_equal(item["codes"][5:, 2:15], codes[Recording(path)][:given])

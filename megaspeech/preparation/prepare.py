@@ -19,11 +19,11 @@ import torch
 from megaspeech.codecs.protocol import Codec
 from megaspeech.config import Config
 from megaspeech.config.schema import StreamsSection
-from megaspeech.data.decode import Rejection, decode_files
-from megaspeech.data.manifest import Utterance
 from megaspeech.data.shards import FORMAT, ShardHeader, write_shard
 from megaspeech.data.tasks import Timing, lay_out, text_stream
 from megaspeech.data.tokenizer import Tokenizer
+from megaspeech.preparation.decode import Rejection, decode_files
+from megaspeech.preparation.utterance import Recording, Utterance
 
 ENCODE_BATCH = 64
 Progress = Callable[[Iterable, int], Iterable]
@@ -62,14 +62,14 @@ def prepare_shards(
     samples: dict[str, list[np.ndarray]] = defaultdict(list)
     rejected: list[dict[str, str]] = []
     for utterance in utterances:
-        faults = {path: unreadable[path] for path in utterance.recordings if path in unreadable}
+        faults = {one.path: unreadable[one] for one in utterance.recordings if one in unreadable}
         if not faults:
             sample = compose(utterance, codes, config=config, codec=codec, tokenizer=tokenizer)
             if sample.shape[1] <= config.data.num_frames:
                 samples[utterance.task.key].append(sample)
                 continue
             length = f"{sample.shape[1]} frames with prompt and delays"
-            faults = {utterance.audio_path: f"{length}, more than data.num_frames = {config.data.num_frames}"}
+            faults = {utterance.recordings[0].path: f"{length}, more than data.num_frames = {config.data.num_frames}"}
         for path, reason in faults.items():
             rejected.append({"path": str(path), "task": utterance.task.key, "reason": reason})
     if not samples:
@@ -108,22 +108,22 @@ def check_sizes(streams: StreamsSection, *, codec: Codec, tokenizer: Tokenizer) 
 
 
 def encode_recordings(
-    paths: Sequence[Path], *, codec: Codec, progress: Progress | None = None
-) -> tuple[dict[Path, np.ndarray], dict[Path, str]]:
-    """(codes `[Q, T]` int64, reasons of rejection) by path."""
-    codes: dict[Path, np.ndarray] = {}
-    rejected: dict[Path, str] = {}
-    decoded = decode_files(paths, sample_rate=codec.sample_rate)
-    for batch in _batched(progress(decoded, len(paths)) if progress else decoded, ENCODE_BATCH):
-        good = [(paths[index], samples) for index, samples in batch if not isinstance(samples, Rejection)]
-        rejected.update({paths[index]: item.reason for index, item in batch if isinstance(item, Rejection)})
+    recordings: Sequence[Recording], *, codec: Codec, progress: Progress | None = None
+) -> tuple[dict[Recording, np.ndarray], dict[Recording, str]]:
+    """(codes `[Q, T]` int64, reasons of rejection) by recording."""
+    codes: dict[Recording, np.ndarray] = {}
+    rejected: dict[Recording, str] = {}
+    decoded = decode_files([one.path for one in recordings], sample_rate=codec.sample_rate)
+    for batch in _batched(progress(decoded, len(recordings)) if progress else decoded, ENCODE_BATCH):
+        good = [(recordings[index], samples) for index, samples in batch if not isinstance(samples, Rejection)]
+        rejected.update({recordings[index]: item.reason for index, item in batch if isinstance(item, Rejection)})
         if good:
             codes.update(_encode(good, codec=codec))
     return codes, rejected
 
 
 def compose(
-    utterance: Utterance, codes: Mapping[Path, np.ndarray], *, config: Config, codec: Codec, tokenizer: Tokenizer
+    utterance: Utterance, codes: Mapping[Recording, np.ndarray], *, config: Config, codec: Codec, tokenizer: Tokenizer
 ) -> np.ndarray:
     """The sample `[S, T]` of one manifest line, from the codes `[Q, T]` of its recordings."""
     task, timing = utterance.task, timing_of(config)
@@ -138,8 +138,8 @@ def compose(
     return lay_out(
         task,
         text=text,
-        heard=codes[utterance.audio_path] if task.hears else None,
-        spoken=codes[utterance.spoken_path] if task.speaks else None,
+        heard=None if utterance.heard is None else codes[utterance.heard],
+        spoken=None if utterance.spoken is None else codes[utterance.spoken],
         silence=codec.silence_codes.numpy(),
         timing=timing,
         streams=config.streams,
@@ -151,9 +151,9 @@ def timing_of(config: Config) -> Timing:
     return Timing(task_delay=config.data.task_delay, speech_lead=config.data.speech_lead)
 
 
-def recordings_of(utterances: Iterable[Utterance]) -> list[Path]:
+def recordings_of(utterances: Iterable[Utterance]) -> list[Recording]:
     """Every recording once, in order: many samples share one."""
-    return list(dict.fromkeys(path for utterance in utterances for path in utterance.recordings))
+    return list(dict.fromkeys(one for utterance in utterances for one in utterance.recordings))
 
 
 def _header(config: Config, *, codec: Codec, tokenizer: Tokenizer) -> Callable[[str], ShardHeader]:
@@ -175,15 +175,15 @@ def _header(config: Config, *, codec: Codec, tokenizer: Tokenizer) -> Callable[[
     return header
 
 
-def _encode(items: Sequence[tuple[Path, np.ndarray]], *, codec: Codec) -> Iterator[tuple[Path, np.ndarray]]:
+def _encode(items: Sequence[tuple[Recording, np.ndarray]], *, codec: Codec) -> Iterator[tuple[Recording, np.ndarray]]:
     """Codes of recordings padded to one length; a codec is causal, so the padding changes nothing before it."""
     longest = max(len(samples) for _, samples in items)
     waveforms = torch.zeros(len(items), longest)
     for row, (_, samples) in enumerate(items):
         waveforms[row, : len(samples)] = torch.from_numpy(samples)
     codes_BQT = codec.encode(waveforms)
-    for row, (path, samples) in enumerate(items):
-        yield path, codes_BQT[row, :, : -(-len(samples) // codec.frame_size)].numpy()
+    for row, (recording, samples) in enumerate(items):
+        yield recording, codes_BQT[row, :, : -(-len(samples) // codec.frame_size)].numpy()
 
 
 def _batched(items: Iterable, size: int) -> Iterator[list]:

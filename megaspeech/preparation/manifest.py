@@ -1,4 +1,4 @@
-"""Manifests in NeMo's JSONL, one task sample a line, read into frozen records and checked as they are read.
+"""Manifests in NeMo's JSONL, one task sample a line, read into `Utterance` records and checked as they are read.
 
     {"audio_filepath": "wav/x.wav", "duration": 2.31, "taskname": "st", "source_lang": "ja", "target_lang": "en",
      "text": "three seven", "words": [{"word": "three", "start": 0.31, "end": 0.66}, ...], "speaker": "en-us+f2"}
@@ -6,17 +6,17 @@
 `words` are what the model writes, in the target language. Their times are those of what it hears (`asr`, `st`: of the
 source word) or says (`tts`, `s2st`). `s2st` also has `target_audio_filepath`, what the model says, on the clock of what
 it hears, and may have `source_words`, those heard. Paths are absolute or relative to the manifest. Keys that are not
-named here are left alone. Whether the audio exists and decodes is for `megaspeech.data.decode` to say.
+named here are left alone. Whether the audio exists and decodes is for `megaspeech.preparation.decode` to say.
 """
 
 import difflib
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megaspeech.data.tasks import LANGUAGES, TASKS, Task
+from megaspeech.preparation.utterance import Recording, Utterance, Word
 
 _REMEDIES = {
     "audio_filepath": "the audio, absolute or relative to the manifest",
@@ -29,50 +29,6 @@ _REMEDIES = {
     "words": 'the words with their times, [{"word": "three", "start": 0.31, "end": 0.66}, ...]; '
     "a forced aligner such as NeMo Forced Aligner or Montreal Forced Aligner writes them",
 }
-
-
-@dataclass(frozen=True)
-class Word:
-    """A word and when it sounds, in seconds from the first sample."""
-
-    word: str
-    start: float
-    end: float
-
-
-@dataclass(frozen=True)
-class Utterance:
-    """One line of a manifest.
-
-    Attributes:
-        audio_path: what is heard (`asr`, `st`, `s2st`) or to be said (`tts`).
-        duration: of `audio_path`, seconds.
-        task: what is asked, with its languages.
-        text: in the target language.
-        words: of the target language, in order.
-        speaker: who is heard; empty if not known.
-        target_audio_path: for `s2st`, what the model says.
-        source_words: for `s2st`, what is heard, if known.
-    """
-
-    audio_path: Path
-    duration: float
-    task: Task
-    text: str
-    words: tuple[Word, ...]
-    speaker: str = ""
-    target_audio_path: Path | None = None
-    source_words: tuple[Word, ...] = ()
-
-    @property
-    def spoken_path(self) -> Path | None:
-        """What the model says, if the task speaks."""
-        return self.audio_path if self.task.name == "tts" else self.target_audio_path
-
-    @property
-    def recordings(self) -> tuple[Path, ...]:
-        """Every recording of the line."""
-        return (self.audio_path,) if self.target_audio_path is None else (self.audio_path, self.target_audio_path)
 
 
 class _Line:
@@ -165,14 +121,15 @@ def _utterance(line: _Line) -> Utterance:
     spelled = [word.word for word in words]
     if text.split() != spelled:
         raise line.fault("text", f"{text!r} is not what 'words' spell, {' '.join(spelled)!r}")
+    audio = Recording(line.path("audio_filepath"), duration=line.duration())
+    target = Recording(line.path("target_audio_filepath")) if task.name == "s2st" else None
     return Utterance(
-        audio_path=line.path("audio_filepath"),
-        duration=line.duration(),
         task=task,
         text=text,
         words=words,
+        heard=audio if task.hears else None,
+        spoken=target if task.hears else audio,
         speaker=line.optional_text("speaker"),
-        target_audio_path=line.path("target_audio_filepath") if task.name == "s2st" else None,
         source_words=line.words("source_words") if "source_words" in line else (),
     )
 
