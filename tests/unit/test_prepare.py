@@ -139,7 +139,8 @@ def test_samples_hold_the_codes_of_their_recordings(
     assert text[three - 1 : three + len(pieces)].tolist() == [0, *pieces] and (text[2 : three - 1] == 3).all()
     assert text[-1] == 3  # one frame of PAD at least, to learn to fall silent
 
-    spoken_ST = compose(replace(row, task=TTS, heard=None, spoken=row.heard), codes, config=config, codec=codec, tokenizer=tokenizer)
+    row = replace(row, task=TTS, heard=None, spoken=row.heard)
+    spoken_ST = compose(row, codes, config=config, codec=codec, tokenizer=tokenizer)
     origin = 2 + 1 + config.data.speech_lead
     assert np.array_equal(spoken_ST[1:5, origin : origin + 13], expected) and (spoken_ST[5:] == -1).all()
     end = tokenizer.processor.eos_id()
