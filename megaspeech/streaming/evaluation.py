@@ -17,7 +17,7 @@ import torch
 from megaspeech.codecs.protocol import Codec
 from megaspeech.config import Config
 from megaspeech.data.tokenizer import Tokenizer
-from megaspeech.preparation.prepare import compose, timing_of
+from megaspeech.preparation.compose import compose, timing_of
 from megaspeech.preparation.utterance import Recording, Utterance
 from megaspeech.streaming.latency import Latency, speech_latency, summarise, text_latency
 from megaspeech.streaming.scoring import answer_words

@@ -22,7 +22,8 @@ from megaspeech.data.mixture import ShardSamples  # noqa: E402
 from megaspeech.data.shards import Shard  # noqa: E402
 from megaspeech.data.tasks import Task  # noqa: E402
 from megaspeech.data.tokenizer import Tokenizer, train_tokenizer  # noqa: E402
-from megaspeech.preparation.prepare import compose, encode_recordings, prepare_shards  # noqa: E402
+from megaspeech.preparation.compose import compose  # noqa: E402
+from megaspeech.preparation.prepare import encode_recordings, prepare_shards  # noqa: E402
 from megaspeech.preparation.utterance import Recording, Utterance, Word  # noqa: E402
 
 RATE, FRAME = 16000, 1280
