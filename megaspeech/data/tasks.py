@@ -1,12 +1,17 @@
 """What a sample of each task looks like: which words stand in the text stream, and at which frame.
 
 A sample begins with the prompt, one piece a frame: the task (`<asr>`) and the language of the answer (`<en>`). Then the
-heard audio starts (`asr`, `st`, `s2st`). The text stream follows Moshi's inner monologue (arXiv 2410.00037, section
-3.4.4): PAD everywhere, EPAD in the frame before a word, the word's pieces from its own frame on. Where a word stands:
+heard audio starts (`asr`, `st`, `s2st`, `s2s`). The text stream follows Moshi's inner monologue (arXiv 2410.00037,
+section 3.4.4): PAD everywhere, EPAD in the frame before a word, the word's pieces from its own frame on. Where a word
+stands:
 
 - `asr`, `st`: `task_delay` frames after the frame in which the heard word ends, so that a word is written once heard;
-- `tts`, `s2st`: `speech_lead` frames before the frame in which the model starts to say it. What `tts` is told to say
-  ends with end of sentence, right after the last word.
+- `tts`, `s2st`, `s2s`: `speech_lead` frames before the frame in which the model starts to say it. What `tts` is told to
+  say ends with end of sentence, right after the last word;
+- `text`: right after the prompt, one piece a frame and end of sentence after the last; there is no audio.
+
+`s2st` answers what it hears; in `s2s` (a conversation, as in Moshi) both parties may speak at any time: text and own
+codebooks are the model's party, the heard ones the other.
 
 Axes: Q codebooks, S streams (text, the model's own codebooks, the heard codebooks), T frames.
 """
@@ -24,9 +29,9 @@ ZERO_TOKEN = -1
 """No input and no loss: the embedding of this token is exactly zero."""
 
 PROMPT_FRAMES = 2
-TASKS = ("asr", "st", "tts", "s2st")
+TASKS = ("asr", "st", "tts", "s2st", "s2s", "text")
 LANGUAGES = ("en", "ja")
-PROMPT_SYMBOLS = tuple(f"<{word}>" for word in (*TASKS, *LANGUAGES))
+PROMPT_SYMBOLS = tuple(f"<{word}>" for word in ("asr", "st", "tts", "s2st", "en", "ja", "s2s", "text"))
 
 
 @dataclass(frozen=True)
@@ -59,12 +64,12 @@ class Task:
     @property
     def hears(self) -> bool:
         """True where the given streams hold speech."""
-        return self.name != "tts"
+        return self.name in ("asr", "st", "s2st", "s2s")
 
     @property
     def speaks(self) -> bool:
         """True where the predicted codebooks hold speech rather than silence."""
-        return self.name in ("tts", "s2st")
+        return self.name in ("tts", "s2st", "s2s")
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class Timing:
     def speech_origin(self, task: Task) -> int:
         """The frame at which the clock of a task's audio starts: after the prompt; for `tts`, late enough for EPAD
         and the first word's text to come before its sound."""
-        return PROMPT_FRAMES if task.hears else PROMPT_FRAMES + 1 + self.speech_lead
+        return PROMPT_FRAMES + 1 + self.speech_lead if task.name == "tts" else PROMPT_FRAMES
 
     def text_frame(self, task: Task, *, start: float, end: float, frame_rate: float) -> int:
         """The frame of the text of a word that sounds from `start` to `end` seconds."""
@@ -127,8 +132,9 @@ def lay_out(
 
     Args:
         task: says where the audio starts.
-        text: tokens of the text stream `[T]`; T grows where the audio is longer. Where the model hears, `task_delay`
-            frames of silence follow: a session goes on after what was said, and nothing more is to be answered.
+        text: tokens of the text stream `[T]`; T grows where the audio is longer. Where the model answers what it hears,
+            `task_delay` frames of silence follow: a session goes on, and nothing more is to be answered. A stretch of
+            a conversation (`s2s`) has no such end.
         heard: codes `[Q, T_heard]` of what the model hears, or None.
         spoken: codes `[Q, T_spoken]` of what the model says, or None.
         silence: the codec's codes for silence `[Q]`; what the model says, and hears, outside the audio.
@@ -140,12 +146,13 @@ def lay_out(
     """
     origin = timing.speech_origin(task)
     ends = [origin + codes.shape[1] for codes in (heard, spoken) if codes is not None]
-    num_frames = max([len(text), *ends]) + (timing.task_delay if task.hears else 0)
+    num_frames = max([len(text), *ends]) + (timing.task_delay if task.hears and task.name != "s2s" else 0)
     codes = np.full((streams.num_streams, num_frames), ZERO_TOKEN, dtype=np.int64)
     codes[0] = streams.text_pad_id
     codes[0, : len(text)] = text
     own, given = codes[1 : 1 + streams.num_codebooks], codes[1 + streams.num_codebooks :]
-    own[:] = silence[: streams.num_codebooks, None]
+    if task.name != "text":
+        own[:] = silence[: streams.num_codebooks, None]
     if spoken is not None:
         own[:, origin : origin + spoken.shape[1]] = spoken[: streams.num_codebooks]
     if heard is not None:

@@ -12,7 +12,7 @@ import numpy as np
 from megaspeech.codecs.protocol import Codec
 from megaspeech.config import Config
 from megaspeech.data.shards import FORMAT, ShardHeader
-from megaspeech.data.tasks import Timing, lay_out, text_stream
+from megaspeech.data.tasks import PROMPT_FRAMES, Timing, lay_out, text_stream
 from megaspeech.data.tokenizer import Tokenizer
 from megaspeech.preparation.utterance import Recording, Utterance
 
@@ -22,10 +22,11 @@ def compose(
 ) -> np.ndarray:
     """The sample `[S, T]` of one manifest line, from the codes `[Q, T]` of its recordings."""
     task, timing = utterance.task, timing_of(config)
-    frames = [
-        timing.text_frame(task, start=word.start, end=word.end, frame_rate=codec.frame_rate) for word in utterance.words
-    ]
     pieces = tokenizer.encode_words(utterance.text.split(), told=not task.hears)
+    frames = [PROMPT_FRAMES] * len(pieces)  # where they meet, words move right
+    if task.name != "text":
+        rate = codec.frame_rate
+        frames = [timing.text_frame(task, start=one.start, end=one.end, frame_rate=rate) for one in utterance.words]
     words = list(zip(frames, pieces, strict=True))
     # One frame of PAD after the last word, so that a model learns to fall silent.
     length = words[-1][0] + len(words[-1][1]) + 1
