@@ -1,89 +1,190 @@
-"""From a manifest to shards: decode, encode, lay the samples out, one shard a task.
+"""From units of manifests to shards: read, decode, encode, lay the samples out, write, each ahead of the next.
 
-Nothing is lost silently: every sample that is left out, because a recording of its cannot be read or it is longer than
-a training sample, is written to `rejected.jsonl` with its reason, and the rest goes on.
+Nothing is lost silently: whatever is left out, because a line is faulty, a recording cannot be used or a sample is
+longer than those that are trained on, is written down with its reason, and the rest goes on.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-import torch
 
 from megaspeech.codecs.protocol import Codec
 from megaspeech.config import Config
 from megaspeech.config.schema import StreamsSection
-from megaspeech.data.shards import ShardHeader, write_shard
 from megaspeech.data.tokenizer import Tokenizer
+from megaspeech.preparation.audio_checks import Limits
 from megaspeech.preparation.compose import compose, shard_header
-from megaspeech.preparation.decode import Rejection, decode_files
+from megaspeech.preparation.decode import Decoder
+from megaspeech.preparation.encoding import Window, decoded_windows, encode_window
+from megaspeech.preparation.reading_ahead import ahead
+from megaspeech.preparation.sources import Refused, Unit, read_unit
+from megaspeech.preparation.timeline import Timeline
+from megaspeech.preparation.units import UnitStore
 from megaspeech.preparation.utterance import Recording, Utterance
 
-ENCODE_BATCH = 64
-Progress = Callable[[Iterable, int], Iterable]
+
+@dataclass
+class UnitRead:
+    """A unit of which everything is decoded."""
+
+    unit: Unit
+    utterances: list[Utterance]
+    refused: list[Refused]
+    codes: dict[Recording, np.ndarray] = field(default_factory=dict)
+    unusable: dict[Recording, str] = field(default_factory=dict)
+    """Reasons by recording."""
+    seconds: float = 0.0
+    """Of audio encoded."""
+
+    def take(self, window: Window, codes: Mapping[Recording, np.ndarray], *, sample_rate: int) -> None:
+        """The codes of one of its windows."""
+        self.codes.update(codes)
+        self.unusable.update(window.rejected)
+        self.seconds += window.num_samples / sample_rate
 
 
-def prepare_shards(
-    utterances: Sequence[Utterance],
-    directory: str | Path,
-    *,
-    config: Config,
-    codec: Codec,
-    tokenizer: Tokenizer,
-    progress: Progress | None = None,
-) -> dict[str, ShardHeader]:
-    """Write one shard a task into `directory`, which appears when all of it is written.
+class Preparation:
+    """Makes units with one codec and tokenizer.
 
     Args:
-        utterances: a manifest's lines.
-        directory: replaced if it exists.
-        config: names streams, delays and the longest sample.
+        config: of the run.
         codec, tokenizer: what the codes and the text are made with.
-        progress: wraps the iteration over recordings, of which there are so many: a progress bar.
-
-    Returns:
-        Headers by shard name.
+        say: told once of what a person should know.
 
     Raises:
-        ValueError: codec or tokenizer are not those that `[streams]` describes, or no sample is left.
+        ValueError: codec or tokenizer are not those that `[streams]` describes.
+        ImportError: what decodes is not installed.
     """
-    check_sizes(config.streams, codec=codec, tokenizer=tokenizer)
-    directory = Path(directory)
-    aside = directory.with_name(directory.name + ".part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    codes, unreadable = encode_recordings(recordings_of(utterances), codec=codec, progress=progress)
-    samples: dict[str, list[np.ndarray]] = defaultdict(list)
-    rejected: list[dict[str, str]] = []
-    for utterance in utterances:
-        faults = {one.path: unreadable[one] for one in utterance.recordings if one in unreadable}
-        if not faults:
-            sample = compose(utterance, codes, config=config, codec=codec, tokenizer=tokenizer)
-            if sample.shape[1] <= config.data.num_frames:
-                samples[utterance.task.key].append(sample)
+
+    def __init__(
+        self, config: Config, *, codec: Codec, tokenizer: Tokenizer, say: Callable[[str], None] | None = None
+    ) -> None:
+        check_sizes(config.streams, codec=codec, tokenizer=tokenizer)
+        self.config, self.codec, self.tokenizer, self.timeline = config, codec, tokenizer, Timeline()
+        self.store = UnitStore(config.data.directory, made_with=self._made_with)
+        self._decoder = Decoder(
+            sample_rate=codec.sample_rate,
+            num_threads=config.preparation.num_threads,
+            limits=limits_of(config, frame_rate=codec.frame_rate),
+            loudness=config.preparation.loudness,
+            say=say,
+        )
+
+    def _made_with(self, unit: Unit) -> dict[str, Any]:
+        return made_with(self.config, unit, codec=self.codec, tokenizer=self.tokenizer)
+
+    def run(self, units: Iterable[Unit], *, advance: Callable[[Unit, float], None] | None = None) -> None:
+        """Make the units that are not done. `advance` is told of every one that is, with its seconds of audio."""
+        advance = advance or (lambda unit, seconds: None)
+        todo = []
+        for unit in units:
+            if self.store.is_done(unit):
+                advance(unit, self.store.totals(unit).seconds)
+            else:
+                todo.append(unit)
+        with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
+            writing: list[Future] = []
+            for read in self._encoded(todo):
+                if writing:
+                    writing.pop().result()
+                writing.append(writer.submit(self._write, read, advance))
+            for last in writing:
+                last.result()
+
+    def _encoded(self, units: Sequence[Unit]) -> Iterator[UnitRead]:
+        """Units with the codes of all of their recordings, while those after them are decoded."""
+        for unit, window in ahead(self._decoded(units), timeline=self.timeline):
+            if window is None:
+                yield unit
                 continue
-            length = f"{sample.shape[1]} frames with prompt and delays"
-            faults = {utterance.recordings[0].path: f"{length}, more than data.num_frames = {config.data.num_frames}"}
-        for path, reason in faults.items():
-            rejected.append({"path": str(path), "task": utterance.task.key, "reason": reason})
-    if not samples:
-        reasons = sorted({line["reason"] for line in rejected})
-        raise ValueError(f"{directory}: no sample is left; the reasons: {reasons[:3]}")
-    headers = {}
-    for key, rows in samples.items():
-        header = shard_header(key, config=config, codec=codec, tokenizer=tokenizer)
-        headers[key] = write_shard(aside / key, rows, header=header)
-    with (aside / "rejected.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in rejected)
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(aside, directory)
-    return headers
+            seconds = self.config.preparation.batch_seconds
+            codes = encode_window(window, codec=self.codec, batch_seconds=seconds, timeline=self.timeline)
+            unit.take(window, codes, sample_rate=self.codec.sample_rate)
+
+    def _decoded(self, units: Sequence[Unit]) -> Iterator[tuple[UnitRead, Window | None]]:
+        """Every window of every unit; None follows a unit's last."""
+        for unit in units:
+            lines = list(read_unit(unit))
+            refused = [line for line in lines if isinstance(line, Refused)]
+            read = UnitRead(unit, [line for line in lines if isinstance(line, Utterance)], refused)
+            for window in decoded_windows(
+                recordings_of(read.utterances),
+                decoder=self._decoder,
+                settings=self.config.preparation,
+                timeline=self.timeline,
+            ):
+                yield read, window
+            yield read, None
+
+    def _write(self, read: UnitRead, advance: Callable[[Unit, float], None]) -> None:
+        samples: dict[str, list[np.ndarray]] = defaultdict(list)
+        notes: Counter[str] = Counter()
+        rejected = [_rejection(read.unit, path=line.where, reason=line.reason) for line in read.refused]
+        with self.timeline.span("write", f"{read.unit.source.name} {read.unit.number}"):
+            for utterance in read.utterances:
+                sample_ST, faults = self._compose(utterance, read)
+                for recording, reason in faults.items():
+                    rejected.append(_rejection(read.unit, path=recording.path, reason=reason, task=utterance.task.key))
+                if not faults:
+                    samples[utterance.task.key].append(sample_ST)
+            self.store.publish(
+                read.unit,
+                samples,
+                header=lambda task: shard_header(task, config=self.config, codec=self.codec, tokenizer=self.tokenizer),
+                rejected=rejected,
+                notes=notes,
+                seconds=read.seconds,
+            )
+        advance(read.unit, read.seconds)
+
+    def _compose(self, utterance: Utterance, read: UnitRead) -> tuple[np.ndarray, dict[Recording, str]]:
+        """The sample `[S, T]` of a line; or why there is none, by recording."""
+        faults = {one: read.unusable[one] for one in utterance.recordings if one in read.unusable}
+        if faults:
+            return np.empty(0), faults
+        sample_ST = compose(utterance, read.codes, config=self.config, codec=self.codec, tokenizer=self.tokenizer)
+        most = self.config.data.num_frames
+        if sample_ST.shape[1] > most:
+            length = f"{sample_ST.shape[1]} frames with prompt and delays, more than data.num_frames = {most}"
+            return sample_ST, {utterance.recordings[0]: f"too long: {length}"}
+        return sample_ST, {}
+
+
+def limits_of(config: Config, *, frame_rate: float) -> Limits:
+    """What `[preparation]` asks of audio. What is longer than a training sample is not encoded in the first place."""
+    settings, trained_on = config.preparation, config.data.num_frames / frame_rate
+    is_shorter = trained_on < settings.max_seconds
+    return Limits(
+        min_seconds=settings.min_seconds,
+        max_seconds=trained_on if is_shorter else settings.max_seconds,
+        longest=f"data.num_frames = {config.data.num_frames}" if is_shorter else "preparation.max_seconds",
+        duration_tolerance=settings.duration_tolerance,
+        silence_dbfs=settings.silence_dbfs,
+    )
+
+
+def made_with(config: Config, unit: Unit, *, codec: Codec, tokenizer: Tokenizer) -> dict[str, Any]:
+    """All that a unit's samples depend on beside its lines and audio, by the name that a message shall have."""
+    sections = {
+        "streams": config.streams.model_dump(),
+        "data": config.data.model_dump(include={"num_frames", "task_delay", "speech_lead"}),
+        "preparation": config.preparation.model_dump(
+            exclude={"num_threads", "device", "batch_seconds", "read_ahead", "fit_recordings"}
+        ),
+        "source": unit.source.model_dump(
+            include={"format", "task", "source_lang", "target_lang", "held_out", "augment"}
+        ),
+    }
+    if altered := config.augmentation.model_dump():
+        sections["augmentation"] = {**altered, "seed": config.run.seed}
+    values = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+    return {"codec.fingerprint": codec.fingerprint, "tokenizer.fingerprint": tokenizer.fingerprint, **values}
 
 
 def check_sizes(streams: StreamsSection, *, codec: Codec, tokenizer: Tokenizer) -> None:
@@ -109,43 +210,12 @@ def check_sizes(streams: StreamsSection, *, codec: Codec, tokenizer: Tokenizer) 
         )
 
 
-def encode_recordings(
-    recordings: Sequence[Recording], *, codec: Codec, progress: Progress | None = None
-) -> tuple[dict[Recording, np.ndarray], dict[Recording, str]]:
-    """(codes `[Q, T]` int64, reasons of rejection) by recording."""
-    codes: dict[Recording, np.ndarray] = {}
-    rejected: dict[Recording, str] = {}
-    decoded = decode_files([one.path for one in recordings], sample_rate=codec.sample_rate)
-    for batch in _batched(progress(decoded, len(recordings)) if progress else decoded, ENCODE_BATCH):
-        good = [(recordings[index], samples) for index, samples in batch if not isinstance(samples, Rejection)]
-        rejected.update({recordings[index]: item.reason for index, item in batch if isinstance(item, Rejection)})
-        if good:
-            codes.update(_encode(good, codec=codec))
-    return codes, rejected
-
-
 def recordings_of(utterances: Iterable[Utterance]) -> list[Recording]:
     """Every recording once, in order: many samples share one."""
     return list(dict.fromkeys(one for utterance in utterances for one in utterance.recordings))
 
 
-def _encode(items: Sequence[tuple[Recording, np.ndarray]], *, codec: Codec) -> Iterator[tuple[Recording, np.ndarray]]:
-    """Codes of recordings padded to one length; a codec is causal, so the padding changes nothing before it."""
-    longest = max(len(samples) for _, samples in items)
-    waveforms = torch.zeros(len(items), longest)
-    for row, (_, samples) in enumerate(items):
-        waveforms[row, : len(samples)] = torch.from_numpy(samples)
-    codes_BQT = codec.encode(waveforms)
-    for row, (recording, samples) in enumerate(items):
-        yield recording, codes_BQT[row, :, : -(-len(samples) // codec.frame_size)].numpy()
-
-
-def _batched(items: Iterable, size: int) -> Iterator[list]:
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def _rejection(unit: Unit, *, path: object, reason: str, task: str = "") -> dict[str, str]:
+    """A line of rejected.jsonl."""
+    source = {"source": unit.source.name, "split": unit.split}
+    return {"path": str(path), "task": task, **source, "reason": reason}
