@@ -82,7 +82,8 @@ def _train_tokenizer(config, utterances) -> None:
     from megaspeech.data.tokenizer import train_tokenizer
 
     texts = [utterance.text for utterance in utterances]
-    tokenizer = train_tokenizer(texts, vocabulary_size=config.streams.text_cardinality)
+    languages = {utterance.task.target for utterance in utterances}
+    tokenizer = train_tokenizer(texts, vocabulary_size=config.streams.text_cardinality, languages=languages)
     path = Path(config.data.tokenizer)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(tokenizer.model)

@@ -15,7 +15,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from megaspeech.data.tasks import LANGUAGES, TASKS, Task
+from megaspeech.data.tasks import LANGUAGE, TASKS, Task
 from megaspeech.preparation.utterance import Recording, Utterance, Word
 
 _REMEDIES = {
@@ -78,7 +78,13 @@ class _Line:
 
     def task(self) -> Task:
         name = self.choice("taskname", TASKS)
-        return Task(name, self.choice("source_lang", LANGUAGES), self.choice("target_lang", LANGUAGES))
+        return Task(name, self.language("source_lang"), self.language("target_lang"))
+
+    def language(self, key: str) -> str:
+        value = self.text(key)
+        if not LANGUAGE.fullmatch(value):
+            raise self.fault(key, f"{value!r} is no language code")
+        return value
 
     def words(self, key: str) -> tuple[Word, ...]:
         entries = self._values.get(key)

@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from megaspeech.config import Config
 from megaspeech.config.schema import StreamsSection
 from megaspeech.data.tokenizer import Tokenizer
 from megaspeech.preparation.audio_checks import Limits
-from megaspeech.preparation.compose import compose, shard_header
+from megaspeech.preparation.alignment import UnusableTextError
+from megaspeech.preparation.compose import Composed, compose, shard_header
 from megaspeech.preparation.decode import Decoder
 from megaspeech.preparation.encoding import Window, decoded_windows, encode_window
 from megaspeech.preparation.reading_ahead import ahead
@@ -27,6 +29,9 @@ from megaspeech.preparation.sources import Refused, Unit, read_unit
 from megaspeech.preparation.timeline import Timeline
 from megaspeech.preparation.units import UnitStore
 from megaspeech.preparation.utterance import Recording, Utterance
+
+NOTES = ("moved_words", "frames_past_end", "unknown_pieces")
+"""Counts of `compose.Composed` that add up."""
 
 
 @dataclass
@@ -124,36 +129,44 @@ class Preparation:
 
     def _write(self, read: UnitRead, advance: Callable[[Unit, float], None]) -> None:
         samples: dict[str, list[np.ndarray]] = defaultdict(list)
-        notes: Counter[str] = Counter()
+        notes, largest_shift = Counter(), 0
         rejected = [_rejection(read.unit, path=line.where, reason=line.reason) for line in read.refused]
         with self.timeline.span("write", f"{read.unit.source.name} {read.unit.number}"):
             for utterance in read.utterances:
-                sample_ST, faults = self._compose(utterance, read)
-                for recording, reason in faults.items():
-                    rejected.append(_rejection(read.unit, path=recording.path, reason=reason, task=utterance.task.key))
-                if not faults:
-                    samples[utterance.task.key].append(sample_ST)
+                composed = self._compose(utterance, read)
+                if isinstance(composed, dict):
+                    task = utterance.task.key
+                    for recording, reason in composed.items():
+                        rejected.append(_rejection(read.unit, path=recording, reason=reason, task=task))
+                    continue
+                samples[utterance.task.key].append(composed.codes_ST)
+                notes.update({name: getattr(composed, name) for name in NOTES})
+                largest_shift = max(largest_shift, composed.largest_shift)
             self.store.publish(
                 read.unit,
                 samples,
                 header=lambda task: shard_header(task, config=self.config, codec=self.codec, tokenizer=self.tokenizer),
                 rejected=rejected,
-                notes=notes,
+                notes=+notes,
+                largest_shift=largest_shift,
                 seconds=read.seconds,
             )
         advance(read.unit, read.seconds)
 
-    def _compose(self, utterance: Utterance, read: UnitRead) -> tuple[np.ndarray, dict[Recording, str]]:
-        """The sample `[S, T]` of a line; or why there is none, by recording."""
-        faults = {one: read.unusable[one] for one in utterance.recordings if one in read.unusable}
+    def _compose(self, utterance: Utterance, read: UnitRead) -> Composed | dict[Path, str]:
+        """The sample of a line; or why there is none, by file."""
+        faults = {one.path: read.unusable[one] for one in utterance.recordings if one in read.unusable}
         if faults:
-            return np.empty(0), faults
-        sample_ST = compose(utterance, read.codes, config=self.config, codec=self.codec, tokenizer=self.tokenizer)
-        most = self.config.data.num_frames
-        if sample_ST.shape[1] > most:
-            length = f"{sample_ST.shape[1]} frames with prompt and delays, more than data.num_frames = {most}"
-            return sample_ST, {utterance.recordings[0]: f"too long: {length}"}
-        return sample_ST, {}
+            return faults
+        path = utterance.recordings[0].path if utterance.recordings else read.unit.path
+        try:
+            composed = compose(utterance, read.codes, config=self.config, codec=self.codec, tokenizer=self.tokenizer)
+        except UnusableTextError as fault:
+            return {path: str(fault)}
+        num_frames, most = composed.codes_ST.shape[1], self.config.data.num_frames
+        if num_frames > most:
+            return {path: f"too long: {num_frames} frames with prompt and delays, more than data.num_frames = {most}"}
+        return composed
 
 
 def limits_of(config: Config, *, frame_rate: float) -> Limits:

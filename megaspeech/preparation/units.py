@@ -44,6 +44,8 @@ class Totals:
     """By the first words of the reason."""
     notes: Counter[str] = field(default_factory=Counter)
     """Of what was kept though something was changed, for the report."""
+    largest_shift: int = 0
+    """Frames by which the word that was moved farthest was."""
     seconds: float = 0.0
     """Of audio that was encoded, each recording once a unit."""
 
@@ -51,6 +53,7 @@ class Totals:
         """Take another's into this one's."""
         for name in ("samples", "frames", "rejected", "notes"):
             getattr(self, name).update(getattr(other, name))
+        self.largest_shift = max(self.largest_shift, other.largest_shift)
         self.seconds += other.seconds
 
 
@@ -104,8 +107,8 @@ class UnitStore:
         """Of a unit that is done."""
         values = _read(self.mark(unit))
         assert values is not None, f"{self.mark(unit)} is missing"
-        counts = {key: Counter(values["totals"][key]) for key in ("samples", "frames", "rejected", "notes")}
-        return Totals(**counts, seconds=values["totals"]["seconds"])
+        totals = values["totals"]
+        return Totals(**{key: Counter(value) if isinstance(value, dict) else value for key, value in totals.items()})
 
     def publish(
         self,
@@ -115,6 +118,7 @@ class UnitStore:
         header: Callable[[str], ShardHeader],
         rejected: Iterable[Mapping[str, str]],
         notes: Mapping[str, int],
+        largest_shift: int,
         seconds: float,
     ) -> None:
         """Write a unit's shards, what was left out, and then the mark that it is done.
@@ -124,12 +128,12 @@ class UnitStore:
             samples: `[S, T]` by `Task.key`.
             header: of a task's shard.
             rejected: lines for `rejected.jsonl`; "reason" is counted.
-            notes, seconds: for the totals.
+            notes, largest_shift, seconds: for the totals.
         """
         folder = self.folder(unit)
         aside = folder / UNITS / f"{unit.number:06d}.{uuid.uuid4().hex}.part"  # another task's has another name
         aside.mkdir(parents=True)
-        totals = Totals(notes=Counter(notes), seconds=seconds)
+        totals = Totals(notes=Counter(notes), largest_shift=largest_shift, seconds=seconds)
         for task, rows in samples.items():
             written = write_shard(aside / task, rows, header=header(task))
             totals.samples[task], totals.frames[task] = written.num_samples, written.num_frames
