@@ -91,7 +91,7 @@ class Decoder:
             for downmix in (True, False)
         }
         self._reader = StretchReader(limits=self._limits)
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+        self.threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
         import_soundfile()
 
     def decode(self, recordings: Sequence[Recording]) -> Iterator[tuple[int, np.ndarray | Rejection]]:
@@ -111,13 +111,13 @@ class Decoder:
         for index, recording in enumerate(batch):
             files.setdefault((recording.path, recording.span), []).append(index)
         groups = [[batch[index] for index in indices] for indices in files.values()]
-        read = list(self._threads.map(self._read, groups))
+        read = list(self.threads.map(self._read, groups))
         for downmix, pipeline in self._pipelines.items():
             whole = [one for one in read if isinstance(one, _Whole) and one.downmix is downmix]
             for one, waveform in zip(whole, pipeline(whole), strict=True):
                 one.waveform = waveform
         results: dict[int, np.ndarray | Rejection] = {}
-        for indices, finished in zip(files.values(), self._threads.map(self._finish, groups, read), strict=True):
+        for indices, finished in zip(files.values(), self.threads.map(self._finish, groups, read), strict=True):
             results.update(zip(indices, finished, strict=True))
         return [results[index] for index in range(len(batch))]
 

@@ -7,7 +7,7 @@ taken together. Shapes: B recordings of a batch, N samples, Q codebooks, T frame
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from megaspeech.codecs.protocol import Codec
 from megaspeech.config.preparation import PreparationSection
 from megaspeech.preparation.decode import Decoder, Rejection
+from megaspeech.preparation.effects import alter
 from megaspeech.preparation.reading_ahead import ahead
 from megaspeech.preparation.timeline import Timeline
 from megaspeech.preparation.utterance import Recording
@@ -48,17 +49,37 @@ class Window:
 
 
 def decoded_windows(
-    recordings: Sequence[Recording], *, decoder: Decoder, settings: PreparationSection, timeline: Timeline
+    recordings: Sequence[Recording],
+    *,
+    decoder: Decoder,
+    settings: PreparationSection,
+    timeline: Timeline,
+    background: Mapping[Recording, np.ndarray] | None = None,
 ) -> Iterator[Window]:
-    """Windows of decoded recordings, in order. Where one ends follows from the recordings and settings alone."""
+    """Windows of decoded recordings, in order. Where one ends follows from the recordings and settings alone.
+
+    Args:
+        recordings: those that have a plan are altered by it.
+        decoder: decodes them.
+        settings: how much a window holds.
+        timeline: records the decoding.
+        background: waveforms that plans ask for.
+    """
+
+    def finished(recording: Recording, result: np.ndarray | Rejection) -> np.ndarray | Rejection:
+        if recording.plan is None or isinstance(result, Rejection):
+            return result
+        return alter(result, recording.plan, sample_rate=decoder.sample_rate, background=background or {})
+
     most_samples = BATCHES_A_WINDOW * settings.batch_seconds * decoder.sample_rate
     window = Window()
     size = min(decoder.batch_size, settings.read_ahead)
     for first in range(0, len(recordings), size):
         batch = recordings[first : first + size]
         with timeline.span("decode", f"{len(batch)} recordings"):
-            for index, result in decoder.decode(batch):
-                window.add(batch[index], result)
+            results = [result for _, result in decoder.decode(batch)]
+            for recording, result in zip(batch, decoder.threads.map(finished, batch, results), strict=True):
+                window.add(recording, result)
         if len(window) >= settings.read_ahead or window.num_samples >= most_samples:
             yield window
             window = Window()

@@ -19,10 +19,11 @@ from megaspeech.codecs.protocol import Codec
 from megaspeech.config import Config
 from megaspeech.config.schema import StreamsSection
 from megaspeech.data.tokenizer import Tokenizer
-from megaspeech.preparation.audio_checks import Limits
 from megaspeech.preparation.alignment import UnusableTextError
+from megaspeech.preparation.audio_checks import Limits
+from megaspeech.preparation.augmentation import Augmenter, others_of
 from megaspeech.preparation.compose import Composed, compose, shard_header
-from megaspeech.preparation.decode import Decoder
+from megaspeech.preparation.decode import Decoder, Rejection
 from megaspeech.preparation.encoding import Window, decoded_windows, encode_window
 from megaspeech.preparation.reading_ahead import ahead
 from megaspeech.preparation.sources import Refused, Unit, read_unit
@@ -115,17 +116,36 @@ class Preparation:
     def _decoded(self, units: Sequence[Unit]) -> Iterator[tuple[UnitRead, Window | None]]:
         """Every window of every unit; None follows a unit's last."""
         for unit in units:
-            lines = list(read_unit(unit))
-            refused = [line for line in lines if isinstance(line, Refused)]
-            read = UnitRead(unit, [line for line in lines if isinstance(line, Utterance)], refused)
+            read = self._read(unit)
+            recordings = recordings_of(read.utterances)
             for window in decoded_windows(
-                recordings_of(read.utterances),
+                recordings,
                 decoder=self._decoder,
                 settings=self.config.preparation,
                 timeline=self.timeline,
+                background=self._background(recordings),
             ):
                 yield read, window
             yield read, None
+
+    def _read(self, unit: Unit) -> UnitRead:
+        """A unit's lines, cut where they are too long to be trained on, altered where the config asks for it."""
+        lines = list(read_unit(unit))
+        utterances = [line for line in lines if isinstance(line, Utterance)]
+        if is_altered(self.config, unit):
+            config = self.config
+            augmenter = Augmenter(config.augmentation, seed=config.run.seed, utterances=utterances)
+            utterances = [version for line in utterances for version in augmenter.versions(line)]
+        return UnitRead(unit, utterances, [line for line in lines if isinstance(line, Refused)])
+
+    def _background(self, recordings: Sequence[Recording]) -> dict[Recording, np.ndarray]:
+        """What is heard behind recordings, without those that cannot be decoded."""
+        others = others_of(recordings)
+        if not others:
+            return {}
+        # Nothing is asked of them: a room's response is short and quiet.
+        decoder = Decoder(sample_rate=self.codec.sample_rate, num_threads=self.config.preparation.num_threads)
+        return {others[index]: result for index, result in decoder.decode(others) if not isinstance(result, Rejection)}
 
     def _write(self, read: UnitRead, advance: Callable[[Unit, float], None]) -> None:
         samples: dict[str, list[np.ndarray]] = defaultdict(list)
@@ -182,6 +202,11 @@ def limits_of(config: Config, *, frame_rate: float) -> Limits:
     )
 
 
+def is_altered(config: Config, unit: Unit) -> bool:
+    """Whether `[augmentation]` is for this unit."""
+    return config.augmentation.is_on and unit.source.augment and (unit.split == "train" or config.augmentation.valid)
+
+
 def made_with(config: Config, unit: Unit, *, codec: Codec, tokenizer: Tokenizer) -> dict[str, Any]:
     """All that a unit's samples depend on beside its lines and audio, by the name that a message shall have."""
     sections = {
@@ -194,8 +219,8 @@ def made_with(config: Config, unit: Unit, *, codec: Codec, tokenizer: Tokenizer)
             include={"format", "task", "source_lang", "target_lang", "held_out", "augment"}
         ),
     }
-    if altered := config.augmentation.model_dump():
-        sections["augmentation"] = {**altered, "seed": config.run.seed}
+    if is_altered(config, unit):
+        sections["augmentation"] = {**config.augmentation.model_dump(), "seed": config.run.seed}
     values = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
     return {"codec.fingerprint": codec.fingerprint, "tokenizer.fingerprint": tokenizer.fingerprint, **values}
 
