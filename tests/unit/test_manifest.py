@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megaspeech.data.tasks import Task
-from megaspeech.preparation.manifest import read_manifest
+from megaspeech.preparation.manifests.nemo import read_manifest
 from megaspeech.preparation.utterance import Recording, Utterance, Word
 
 LINE = {
