@@ -81,9 +81,7 @@ def waveform_fault(waveform_N: np.ndarray, *, recording: Recording, rate: int, l
     seconds = len(waveform_N) / rate
     if not np.isfinite(waveform_N).all():
         return "not finite: holds NaN or infinity"
-    told = recording.duration
-    if told is None and recording.end is not None:
-        told = recording.end - recording.start
+    told = recording.seconds
     if told is not None and abs(seconds - told) > limits.duration_tolerance:
         return f"wrong duration: {seconds:.2f} s where the manifest says {told:.2f}"
     if seconds < limits.min_seconds or not len(waveform_N):

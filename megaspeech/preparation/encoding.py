@@ -87,6 +87,14 @@ def decoded_windows(
         yield window
 
 
+def encoding_device(setting: str) -> torch.device:
+    """`preparation.device`: "auto" is the accelerator where there is one."""
+    if setting != "auto":
+        return torch.device(setting)
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
 def length_batches(num_frames: Sequence[int], *, most_frames: int, is_causal: bool) -> list[list[int]]:
     """Indices in batches, sorted by length.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,13 @@ from megaspeech.codecs.spectral import CODEC_FILE, SpectralCodec, SpectralConfig
 from megaspeech.config import Config
 from megaspeech.data.tokenizer import Tokenizer, train_tokenizer
 from megaspeech.preparation.decode import Decoder, Rejection
-from megaspeech.preparation.encoding import decoded_windows, encoding_device
+from megaspeech.preparation.encoding import encoding_device
 from megaspeech.preparation.prepare import limits_of
 from megaspeech.preparation.reading import read_utterances, recordings_of
 from megaspeech.preparation.sources import Unit
-from megaspeech.preparation.timeline import Timeline
 from megaspeech.preparation.utterance import Utterance
 
+SPECTRAL_FRAME_RATE = SpectralConfig.sample_rate / (SpectralConfig.hop * SpectralConfig.hops_per_frame)
 MOST_UNITS = 20
 """That are read, spread over the sources: some 100,000 lines."""
 
@@ -45,13 +46,11 @@ def make_what_is_missing(config: Config, units: Sequence[Unit], *, say: Callable
     missing = what_is_missing(config)
     if not missing:
         return
-    sizes = SpectralConfig(num_codebooks=config.streams.num_codebooks, cardinality=config.streams.cardinality)
-    frame_rate = sizes.sample_rate / (sizes.hop * sizes.hops_per_frame)
     utterances: list[Utterance] = []
     for unit in _some(units):
-        utterances += read_utterances(unit, config=config, frame_rate=frame_rate)[0]
+        utterances += read_utterances(unit, config=config, frame_rate=SPECTRAL_FRAME_RATE)[0]
     if "codec.path" in missing:
-        say(_fit_codec(config, utterances, sizes=sizes, frame_rate=frame_rate))
+        say(_fit_codec(config, utterances))
     if "data.tokenizer" in missing:
         say(_train_tokenizer(config, utterances, units=units))
 
@@ -60,6 +59,14 @@ def load_codec_and_tokenizer(config: Config) -> tuple:
     """(codec, tokenizer) of the config, the codec on `preparation.device`."""
     codec = load_codec(config.codec.path, name=config.codec.name, num_codebooks=config.streams.num_codebooks)
     return codec.to(encoding_device(config.preparation.device)), Tokenizer.load(config.data.tokenizer)
+
+
+def frame_rate_of(config: Config) -> float:
+    """Frames a second of the config's codec; those of `spectral` where there is no codec yet."""
+    try:
+        return load_codec(config.codec.path, name=config.codec.name).frame_rate
+    except (ValueError, ImportError):
+        return SPECTRAL_FRAME_RATE
 
 
 def _some(units: Sequence[Unit]) -> list[Unit]:
@@ -76,13 +83,15 @@ def _some(units: Sequence[Unit]) -> list[Unit]:
     ]
 
 
-def _fit_codec(config: Config, utterances: Sequence[Utterance], *, sizes: SpectralConfig, frame_rate: float) -> str:
-    recordings = list(dict.fromkeys(_clean(utterances)))
+def _fit_codec(config: Config, utterances: Sequence[Utterance]) -> str:
+    sizes = SpectralConfig(num_codebooks=config.streams.num_codebooks, cardinality=config.streams.cardinality)
+    # As they are, whatever [augmentation] makes of them: a codec of clean speech.
+    recordings = list(dict.fromkeys(replace(one, plan=None) for one in recordings_of(utterances)))
     chosen = np.random.default_rng(config.run.seed).permutation(len(recordings))[: config.preparation.fit_recordings]
     decoder = Decoder(
         sample_rate=sizes.sample_rate,
         num_threads=config.preparation.num_threads,
-        limits=limits_of(config, frame_rate=frame_rate),
+        limits=limits_of(config, frame_rate=SPECTRAL_FRAME_RATE),
         loudness=config.preparation.loudness,
     )
     results = [result for _, result in decoder.decode([recordings[index] for index in chosen])]

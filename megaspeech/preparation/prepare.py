@@ -7,7 +7,7 @@ longer than those that are trained on, is written down with its reason, and the 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +21,13 @@ from megaspeech.config.schema import StreamsSection
 from megaspeech.data.tokenizer import Tokenizer
 from megaspeech.preparation.alignment import UnusableTextError
 from megaspeech.preparation.audio_checks import Limits
-from megaspeech.preparation.augmentation import Augmenter, others_of
+from megaspeech.preparation.augmentation import others_of
 from megaspeech.preparation.compose import Composed, compose, shard_header
 from megaspeech.preparation.decode import Decoder, Rejection
 from megaspeech.preparation.encoding import Window, decoded_windows, encode_window
+from megaspeech.preparation.reading import is_altered, read_utterances, recordings_of
 from megaspeech.preparation.reading_ahead import ahead
-from megaspeech.preparation.sources import Refused, Unit, read_unit
+from megaspeech.preparation.sources import Refused, Unit
 from megaspeech.preparation.timeline import Timeline
 from megaspeech.preparation.units import UnitStore
 from megaspeech.preparation.utterance import Recording, Utterance
@@ -42,17 +43,12 @@ class UnitRead:
     unit: Unit
     utterances: list[Utterance]
     refused: list[Refused]
+    num_recordings: int
     codes: dict[Recording, np.ndarray] = field(default_factory=dict)
     unusable: dict[Recording, str] = field(default_factory=dict)
     """Reasons by recording."""
     seconds: float = 0.0
     """Of audio encoded."""
-
-    def take(self, window: Window, codes: Mapping[Recording, np.ndarray], *, sample_rate: int) -> None:
-        """The codes of one of its windows."""
-        self.codes.update(codes)
-        self.unusable.update(window.rejected)
-        self.seconds += window.num_samples / sample_rate
 
 
 class Preparation:
@@ -85,39 +81,46 @@ class Preparation:
     def _made_with(self, unit: Unit) -> dict[str, Any]:
         return made_with(self.config, unit, codec=self.codec, tokenizer=self.tokenizer)
 
-    def run(self, units: Iterable[Unit], *, advance: Callable[[Unit, float], None] | None = None) -> None:
-        """Make the units that are not done. `advance` is told of every one that is, with its seconds of audio."""
-        advance = advance or (lambda unit, seconds: None)
-        todo = []
+    def run(self, units: Iterable[Unit], *, advance: Callable[[float, float], None] | None = None) -> None:
+        """Make the units that are not done. `advance` is told of progress: (lines, seconds of audio)."""
+        advance, todo = advance or (lambda lines, seconds: None), []
         for unit in units:
             if self.store.is_done(unit):
-                advance(unit, self.store.totals(unit).seconds)
+                advance(unit.num_lines, self.store.totals(unit).seconds)
             else:
                 todo.append(unit)
         with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
             writing: list[Future] = []
-            for read in self._encoded(todo):
-                if writing:
+            for read in self._encoded(todo, advance=advance):
+                if writing:  # no more than one waits to be written
                     writing.pop().result()
-                writing.append(writer.submit(self._write, read, advance))
+                writing.append(writer.submit(self._write, read))
             for last in writing:
                 last.result()
 
-    def _encoded(self, units: Sequence[Unit]) -> Iterator[UnitRead]:
+    def _encoded(self, units: Sequence[Unit], *, advance: Callable[[float, float], None]) -> Iterator[UnitRead]:
         """Units with the codes of all of their recordings, while those after them are decoded."""
-        for unit, window in ahead(self._decoded(units), timeline=self.timeline):
+        most, lines = self.config.preparation.batch_seconds, 0.0
+        for read, window in ahead(self._decoded(units), timeline=self.timeline):
             if window is None:
-                yield unit
+                advance(read.unit.num_lines - lines, 0.0)
+                lines = 0.0
+                yield read
                 continue
-            seconds = self.config.preparation.batch_seconds
-            codes = encode_window(window, codec=self.codec, batch_seconds=seconds, timeline=self.timeline)
-            unit.take(window, codes, sample_rate=self.codec.sample_rate)
+            codes = encode_window(window, codec=self.codec, batch_seconds=most, timeline=self.timeline)
+            read.codes.update(codes)
+            read.unusable.update(window.rejected)
+            seconds, share = window.num_samples / self.codec.sample_rate, len(window) / read.num_recordings
+            read.seconds += seconds
+            advance(share * read.unit.num_lines, seconds)
+            lines += share * read.unit.num_lines
 
     def _decoded(self, units: Sequence[Unit]) -> Iterator[tuple[UnitRead, Window | None]]:
         """Every window of every unit; None follows a unit's last."""
         for unit in units:
-            read = self._read(unit)
-            recordings = recordings_of(read.utterances)
+            utterances, refused = read_utterances(unit, config=self.config, frame_rate=self.codec.frame_rate)
+            recordings = recordings_of(utterances)
+            read = UnitRead(unit, utterances, refused, num_recordings=len(recordings))
             for window in decoded_windows(
                 recordings,
                 decoder=self._decoder,
@@ -128,16 +131,6 @@ class Preparation:
                 yield read, window
             yield read, None
 
-    def _read(self, unit: Unit) -> UnitRead:
-        """A unit's lines, cut where they are too long to be trained on, altered where the config asks for it."""
-        lines = list(read_unit(unit))
-        utterances = [line for line in lines if isinstance(line, Utterance)]
-        if is_altered(self.config, unit):
-            config = self.config
-            augmenter = Augmenter(config.augmentation, seed=config.run.seed, utterances=utterances)
-            utterances = [version for line in utterances for version in augmenter.versions(line)]
-        return UnitRead(unit, utterances, [line for line in lines if isinstance(line, Refused)])
-
     def _background(self, recordings: Sequence[Recording]) -> dict[Recording, np.ndarray]:
         """What is heard behind recordings, without those that cannot be decoded."""
         others = others_of(recordings)
@@ -147,7 +140,7 @@ class Preparation:
         decoder = Decoder(sample_rate=self.codec.sample_rate, num_threads=self.config.preparation.num_threads)
         return {others[index]: result for index, result in decoder.decode(others) if not isinstance(result, Rejection)}
 
-    def _write(self, read: UnitRead, advance: Callable[[Unit, float], None]) -> None:
+    def _write(self, read: UnitRead) -> None:
         samples: dict[str, list[np.ndarray]] = defaultdict(list)
         notes, largest_shift = Counter(), 0
         rejected = [_rejection(read.unit, path=line.where, reason=line.reason) for line in read.refused]
@@ -171,7 +164,6 @@ class Preparation:
                 largest_shift=largest_shift,
                 seconds=read.seconds,
             )
-        advance(read.unit, read.seconds)
 
     def _compose(self, utterance: Utterance, read: UnitRead) -> Composed | dict[Path, str]:
         """The sample of a line; or why there is none, by file."""
@@ -202,15 +194,10 @@ def limits_of(config: Config, *, frame_rate: float) -> Limits:
     )
 
 
-def is_altered(config: Config, unit: Unit) -> bool:
-    """Whether `[augmentation]` is for this unit."""
-    return config.augmentation.is_on and unit.source.augment and (unit.split == "train" or config.augmentation.valid)
-
-
 def made_with(config: Config, unit: Unit, *, codec: Codec, tokenizer: Tokenizer) -> dict[str, Any]:
     """All that a unit's samples depend on beside its lines and audio, by the name that a message shall have."""
     sections = {
-        "streams": config.streams.model_dump(),
+        "streams": config.streams.model_dump(exclude={"delays"}),  # which the model applies
         "data": config.data.model_dump(include={"num_frames", "task_delay", "speech_lead"}),
         "preparation": config.preparation.model_dump(
             exclude={"num_threads", "device", "batch_seconds", "read_ahead", "fit_recordings"}
@@ -231,26 +218,18 @@ def check_sizes(streams: StreamsSection, *, codec: Codec, tokenizer: Tokenizer) 
     Raises:
         ValueError: names the key of `[streams]`, its value and what it should be.
     """
-    for key, size, what in (
-        ("num_codebooks", codec.num_codebooks, f"codec {codec.name!r} has {codec.num_codebooks} codebooks"),
-        ("cardinality", codec.cardinality, f"codec {codec.name!r} has codebooks of {codec.cardinality}"),
-        ("text_cardinality", tokenizer.vocabulary_size, f"tokenizer has {tokenizer.vocabulary_size} pieces"),
-    ):
+    tokenizer.check_streams(streams)
+    for key, size in (("num_codebooks", codec.num_codebooks), ("cardinality", codec.cardinality)):
         if getattr(streams, key) != size:
             raise ValueError(
-                f"streams.{key} = {getattr(streams, key)}, but the {what}; set streams.{key} = {size}, "
-                f"or make codec and tokenizer anew for these streams"
+                f"streams.{key} = {getattr(streams, key)}, but that of codec {codec.name!r} is {size}; set "
+                f"streams.{key} = {size}, or make the codec anew for these streams"
             )
     if streams.num_given_codebooks > codec.num_codebooks:
         raise ValueError(
             f"streams.num_given_codebooks = {streams.num_given_codebooks}, but the codec {codec.name!r} has "
             f"{codec.num_codebooks} codebooks; set it to {codec.num_codebooks} or less"
         )
-
-
-def recordings_of(utterances: Iterable[Utterance]) -> list[Recording]:
-    """Every recording once, in order: many samples share one."""
-    return list(dict.fromkeys(one for utterance in utterances for one in utterance.recordings))
 
 
 def _rejection(unit: Unit, *, path: object, reason: str, task: str = "") -> dict[str, str]:

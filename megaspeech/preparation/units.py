@@ -18,7 +18,7 @@ import shutil
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,7 @@ class UnitStore:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         (aside / REJECTED).write_text(text, encoding="utf-8")
         origin = {"made_of": _made_of(unit), "made_with": dict(self._made_with(unit))}
-        mark = {**origin, "totals": {key: _plain(value) for key, value in asdict(totals).items()}}
+        mark = {**origin, "totals": {key: _plain(value) for key, value in vars(totals).items()}}
         (aside / "mark").write_text(json.dumps(mark, ensure_ascii=False, indent=1), encoding="utf-8")
         self._move_in(unit, aside, tasks=list(samples))
 

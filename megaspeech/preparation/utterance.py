@@ -34,6 +34,13 @@ class Recording:
     span: tuple[int, int] | None = None
     plan: Plan | None = None
 
+    @property
+    def seconds(self) -> float | None:
+        """Its length; None where the manifest does not say."""
+        if self.duration is None and self.end is not None:
+            return self.end - self.start
+        return self.duration
+
 
 @dataclass(frozen=True)
 class Word:
