@@ -103,8 +103,13 @@ class Decoder:
         """
         for first in range(0, len(recordings), self.batch_size):
             batch = recordings[first : first + self.batch_size]
+            self._reader.keep_only({(recording.path, recording.span) for recording in batch})
             for offset, result in enumerate(self._decode_batch(batch)):
                 yield first + offset, result
+
+    def forget(self) -> None:
+        """Close all files, so that what comes next does not depend, even in the last bit, on what was before."""
+        self._reader.keep_only(())
 
     def _decode_batch(self, batch: Sequence[Recording]) -> list[np.ndarray | Rejection]:
         files: dict[tuple, list[int]] = {}

@@ -71,6 +71,7 @@ def decoded_windows(
             return result
         return alter(result, recording.plan, sample_rate=decoder.sample_rate, background=background or {})
 
+    decoder.forget()
     most_samples = BATCHES_A_WINDOW * settings.batch_seconds * decoder.sample_rate
     window = Window()
     size = min(decoder.batch_size, settings.read_ahead)

@@ -8,8 +8,7 @@ Shapes: N samples, C channels.
 from __future__ import annotations
 
 import io
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +22,6 @@ BY_DALI = ("WAV", "WAVEX", "FLAC", "OGG")
 FORWARD_ONLY = ("MP3",)
 PREROLL = 0.5  # seconds before a stretch that FFmpeg's decoders start at: AAC needs the frames before
 PADDING = 0.1  # seconds: a codec's frame or two, that FFmpeg may count without returning them
-OPEN_READERS = 16
 _SKIPPED_AT_ONCE = 1 << 20  # samples
 
 
@@ -88,11 +86,11 @@ def _rate_of_zero(source: str | io.BytesIO) -> str | None:
 
 
 class StretchReader:
-    """Reads stretches `[N, C]` float32 with soundfile or PyAV. Not for two threads on one file at a time."""
+    """Reads stretches `[N, C]` float32 with soundfile or PyAV, by several threads, but each file by one at a time."""
 
     def __init__(self, *, limits: Limits) -> None:
         self._limits = limits
-        self._forward: OrderedDict[tuple, Any] = OrderedDict()
+        self._forward: dict[tuple, Any] = {}
 
     def read(self, recording: Recording) -> tuple[np.ndarray, int, str]:
         """(samples `[N, C]`, rate in Hz, what decoded it: "" or such as "MP3: soundfile"). Raises AudioFaultError."""
@@ -109,7 +107,7 @@ class StretchReader:
             file.close()
             raise
         if file.format in FORWARD_ONLY and recording.end is not None:
-            self._keep(key, file)
+            self._forward[key] = file
         else:
             file.close()
         return samples, file.samplerate, told
@@ -141,10 +139,13 @@ class StretchReader:
             raise AudioFaultError(damaged(file.frames / file.samplerate))
         return samples
 
-    def _keep(self, key: tuple, file: Any) -> None:
-        self._forward[key] = file
-        while len(self._forward) > OPEN_READERS:
-            self._forward.popitem(last=False)[1].close()
+    def keep_only(self, keys: Collection[tuple]) -> None:
+        """Close the files that are read forward only but those named, as (path, span).
+
+        Which ones are open matters, in the last bit: libmpg123 rounds by how much is read at once.
+        """
+        for key in self._forward.keys() - set(keys):
+            self._forward.pop(key).close()
 
     def _read_by_av(self, recording: Recording) -> tuple[np.ndarray, int, str]:
         try:
