@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -98,3 +100,38 @@ def content_of(folder: Path) -> dict[str, bytes]:
     return {
         path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
     }
+
+
+def prepare_units(
+    config_file: Path, overrides: tuple[str, ...] = (), *, share: tuple[int, int] = (0, 1), killed_at: int = 0
+) -> bool:
+    """Prepare a share (I, N) of a project's units with the codec and tokenizer in its folder; whether all are done.
+
+    Args:
+        config_file: written by `make_project`.
+        overrides: of the config.
+        share: which units.
+        killed_at: which of the renamings ends this process at once, counted from 1; 0 is none.
+    """
+    from megaspeech.preparation.fitting import load_codec_and_tokenizer
+    from megaspeech.preparation.prepare import Preparation
+    from megaspeech.preparation.sources import list_units
+
+    rename, renamed = os.replace, []
+
+    def counted(*paths: Any) -> None:
+        renamed.append(paths)
+        if len(renamed) == killed_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(*paths)
+
+    os.replace = counted
+    try:
+        config = read_config(config_file, overrides)
+        codec, tokenizer = load_codec_and_tokenizer(config)
+        preparation = Preparation(config, codec=codec, tokenizer=tokenizer)
+        units = list_units(config.sources, lines_per_shard=config.preparation.lines_per_shard)
+        preparation.run(units[share[0] :: share[1]])
+        return preparation.store.finish(units)
+    finally:
+        os.replace = rename
