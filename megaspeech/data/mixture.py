@@ -6,6 +6,7 @@ its own samples, and a sample that cannot be read changes the shape of nothing.
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +43,7 @@ class TrainBatches:
         directory, training = Path(config.data.directory) / "train", config.training
         self.config, self.dp_rank, self.dp_size = config, dp_rank, dp_size
         self.shares = shares_of(config, directory)
+        _allow_open_files(2 * config.data.shuffle_shards * len(self.shares))
         self.samples = {name: ShardSamples(directory, name=name, config=config) for name in self.shares}
         self.num_draws = training.train_steps * training.global_batch_size
         self._blend = Blend(self.samples, shares=self.shares, num_draws=self.num_draws)
@@ -85,6 +87,15 @@ class TrainBatches:
         dataset, number = self._blend(place)
         samples = self._by_number[dataset]
         return _Draw(samples, number, samples.place(number))
+
+
+def _allow_open_files(count: int) -> None:
+    """Shells allow a process 1,024 of them unless it asks for more, which it may up to the hard limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = soft + count
+    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def _group(lengths: Sequence[int], *, config: Config, dp_size: int) -> list[list[int]]:
