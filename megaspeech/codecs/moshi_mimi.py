@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from megaspeech.codecs.neural import NeuralCodec
+from megaspeech.codecs.neural import NeuralCodec, cast
 from megaspeech.codecs.weights import fingerprint, only_file
 
 KYUTAI_FILES = "tokenizer-*.safetensors"
@@ -48,7 +48,9 @@ class MoshiMimiCodec(NeuralCodec):
             ImportError: moshi is not installed; says how to.
         """
         file = only_file(Path(path), (KYUTAI_FILES,), codec=cls.name, needs=KYUTAI_FILES)
-        os.environ.setdefault("NO_TORCH_COMPILE", "1")  # read once, when moshi is imported: else it compiles on CPUs too
+        os.environ.setdefault(
+            "NO_TORCH_COMPILE", "1"
+        )  # read once, when moshi is imported: else it compiles on CPUs too
         try:
             from moshi.models.loaders import get_mimi
         except ImportError as error:
@@ -67,7 +69,7 @@ class MoshiMimiCodec(NeuralCodec):
         super().to(device, dtype=dtype)
         for name, part in self.model.named_children():
             if name != "quantizer":
-                part.to(dtype=dtype)
+                cast(part, dtype)
         self.model.quantizer.set_num_codebooks(self.num_codebooks)
         return self
 
