@@ -127,6 +127,8 @@ def _pesq(reference_N: np.ndarray, heard_N: np.ndarray, *, sample_rate: int) -> 
         from pesq import PesqError, pesq
     except ImportError:
         return None
+    if not reference_N.any() or not heard_N.any():
+        return None
     waves = [resample(wave, rate=sample_rate, to=WIDEBAND_HZ) for wave in (reference_N, heard_N)]
     try:
         return float(pesq(WIDEBAND_HZ, *waves, "wb"))

@@ -145,6 +145,9 @@ def test_bf16_is_for_the_network_alone(folders: dict[str, Path], kind: str) -> N
     first = codec.encode(waveforms)[:, 0]
     assert (first == codes[:, 0]).float().mean() > 0.8
     assert codec.decode(codes).dtype == torch.float32
+    if codec.can_stream:
+        assert (stream_encode(codec, waveforms)[:, 0] == first).float().mean() > 0.8
+        assert stream_decode(codec, codes).dtype == torch.float32
     with pytest.raises(AssertionError, match="do not come back"):
         codec.to("cpu")
 
@@ -294,7 +297,9 @@ def test_kyutais_own_file_is_opened_by_moshi(kyutai_folder: Path, tmp_path: Path
     whole = load_codec(kyutai_folder, name="mimi")
     assert whole.num_codebooks == 32 and torch.equal(whole.encode(waveforms)[:, :4], codes)
     assert nearly(whole.decode(whole.encode(waveforms)), whole.model.decode(whole.encode(waveforms))[:, 0])
-    assert codec.to("cpu", dtype=torch.bfloat16).decode(codes).dtype == torch.float32
+    codec.to("cpu", dtype=torch.bfloat16)
+    assert codec.decode(codes).dtype == stream_decode(codec, codes).dtype == torch.float32
+    assert stream_encode(codec, waveforms).shape == codes.shape
 
     (tmp_path / KYUTAI).write_bytes(b"torn")
     with pytest.raises(ValueError, match=rf"{KYUTAI}: not Mimi's weights"):
