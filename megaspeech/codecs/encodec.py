@@ -32,7 +32,9 @@ class EncodecCodec(NeuralCodec):
         """
         config = model.config
         if config.audio_channels != 1 or config.normalize or config.chunk_length_s or not config.use_causal_conv:
-            raise ValueError(f"codec.path: only the causal mono model is supported, not {config.sampling_rate} Hz stereo")
+            raise ValueError(
+                f"codec.path: only the causal mono model is supported, not {config.sampling_rate} Hz stereo"
+            )
         self.min_frames = config.last_kernel_size
         super().__init__(
             model,
@@ -72,4 +74,6 @@ class EncodecCodec(NeuralCodec):
 
     def codebook_vectors(self) -> Tensor:
         """``[Q, K, D]``."""
-        return torch.stack([layer.codebook.embed for layer in self.model.quantizer.layers[: self.num_codebooks]]).clone()
+        return torch.stack(
+            [layer.codebook.embed for layer in self.model.quantizer.layers[: self.num_codebooks]]
+        ).clone()

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megaspeech.codecs.moshi_mimi import KYUTAI_FILES, MoshiMimiCodec
 from megaspeech.codecs.neural import NEEDS, NeuralCodec, load_pretrained
 from megaspeech.codecs.protocol import Codec
 from megaspeech.codecs.weights import locate
 
 PUBLISHED = "kyutai/mimi"
-KYUTAI_FILES = "tokenizer-*.safetensors"
 PIECE_FRAMES = 750
 """Frames that are encoded at once, a minute of sound: attention takes the square of that in memory."""
 
@@ -50,8 +50,6 @@ class MimiCodec(NeuralCodec):
         needs = f"{NEEDS}, or Kyutai's {KYUTAI_FILES}"
         folder = locate(path, codec=cls.name, needs=needs, published=PUBLISHED)
         if any(folder.glob(KYUTAI_FILES)):
-            from megaspeech.codecs.moshi_mimi import MoshiMimiCodec
-
             return MoshiMimiCodec.load(folder, num_codebooks=num_codebooks)
         model, found = load_pretrained(folder, kind="MimiModel", codec=cls.name, published=PUBLISHED)
         return cls(model, num_codebooks=num_codebooks, fingerprint=found)
@@ -160,7 +158,7 @@ class DecoderState:
 
 
 def _reach(config: Any) -> int:
-    """Steps before its own that a sample depends on, by the decoder's convolutions; counted from the last to the first."""
+    """Steps before its own that a sample depends on, by the decoder's convolutions, counted from the last one."""
     steps = config.last_kernel_size - 1
     for ratio in reversed(config.upsampling_ratios):
         for layer in range(config.num_residual_layers):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from megaspeech.codecs.neural import NeuralCodec
+from megaspeech.codecs.neural import NeuralCodec, cast
 from megaspeech.codecs.weights import fingerprint, only_file
 
 KYUTAI_FILES = "tokenizer-*.safetensors"
@@ -48,7 +48,9 @@ class MoshiMimiCodec(NeuralCodec):
             ImportError: moshi is not installed; says how to.
         """
         file = only_file(Path(path), (KYUTAI_FILES,), codec=cls.name, needs=KYUTAI_FILES)
-        os.environ.setdefault("NO_TORCH_COMPILE", "1")  # read once, when moshi is imported: else it compiles on CPUs too
+        os.environ.setdefault(
+            "NO_TORCH_COMPILE", "1"
+        )  # read once, when moshi is imported: else it compiles on CPUs too
         try:
             from moshi.models.loaders import get_mimi
         except ImportError as error:
@@ -67,8 +69,7 @@ class MoshiMimiCodec(NeuralCodec):
         super().to(device, dtype=dtype)
         for name, part in self.model.named_children():
             if name != "quantizer":
-                part.to(dtype=dtype)
-        self.model.quantizer.set_num_codebooks(self.num_codebooks)
+                cast(part, dtype)
         return self
 
     def latents(self, waveforms_B1N: Tensor) -> Tensor:
@@ -77,6 +78,7 @@ class MoshiMimiCodec(NeuralCodec):
 
     def quantize(self, latents_BDT: Tensor) -> Tensor:
         """Codes ``[B, Q, T]``."""
+        self.model.quantizer.set_num_codebooks(self.num_codebooks)
         return self.model.quantizer.encode(latents_BDT.float())
 
     def dequantize(self, codes_BQT: Tensor) -> Tensor:
@@ -85,9 +87,7 @@ class MoshiMimiCodec(NeuralCodec):
 
     def synthesise(self, latents_BDT: Tensor) -> Tensor:
         """Waveforms ``[B, 1, N]``."""
-        steps = self.model.upsample(latents_BDT)
-        (steps,) = self.model.decoder_transformer(steps)
-        return self.model.decoder(steps)
+        return _synthesise(self.model, latents_BDT)
 
     def parts(self) -> dict[str, list[nn.Module]]:
         """The transformer."""
@@ -119,6 +119,12 @@ class MoshiMimiCodec(NeuralCodec):
         return MoshiStreamingDecoder(self, self._streaming_model(batch_size))
 
 
+def _synthesise(model: nn.Module, latents_BDT: Tensor) -> Tensor:
+    """Waveforms ``[B, 1, N]``, whole, or the next ones where ``model`` streams."""
+    (steps,) = model.decoder_transformer(model.upsample(latents_BDT))
+    return model.decoder(steps)
+
+
 class MoshiStreamingEncoder:
     """Samples of one frame in, its codes out."""
 
@@ -144,4 +150,6 @@ class MoshiStreamingDecoder:
     @torch.no_grad()
     def step(self, codes_BQ: Tensor) -> Tensor:
         """Codes ``[B, Q]`` to the next samples ``[B, frame_size]``."""
-        return self._model.decode(codes_BQ[..., None].to(self._codec.device))[:, 0].float()
+        codec = self._codec
+        latents_BD1 = codec.dequantize(codes_BQ[..., None].to(codec.device)).to(codec.dtype)
+        return _synthesise(self._model, latents_BD1)[:, 0].float()

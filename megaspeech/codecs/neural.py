@@ -10,6 +10,7 @@ Shapes: B batch, Q codebooks, K entries of a codebook, T frames, N samples, D wi
 import math
 from abc import abstractmethod
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ class NeuralCodec(Codec):
 
     can_stream = False
     min_frames = 1
+    dtype = torch.float32
 
     def __init__(
         self,
@@ -70,10 +72,11 @@ class NeuralCodec(Codec):
 
     def to(self, device: str | torch.device, *, dtype: torch.dtype = torch.float32) -> "NeuralCodec":
         """Compute on ``device`` from now on, encoder and decoder in ``dtype``; returns the codec itself."""
+        assert dtype == self.dtype or self.dtype == torch.float32, "rounded weights do not come back"
         self.device, self.dtype = torch.device(device), dtype
         self.model.to(device)
-        self.model.encoder.to(dtype=dtype)
-        self.model.decoder.to(dtype=dtype)
+        cast(self.model.encoder, dtype)
+        cast(self.model.decoder, dtype)
         return self
 
     @torch.no_grad()
@@ -135,7 +138,15 @@ class NeuralCodec(Codec):
         raise ValueError(f"codec.name = {self.name!r}: it decodes whole waveforms alone; use 'mimi' or 'spectral'")
 
 
-def import_transformers() -> object:
+def cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Bring weights to a dtype; buffers keep theirs, for frequencies of rotary embeddings must not be rounded."""
+    buffers = [(owner, *named) for owner in module.modules() for named in owner.named_buffers(recurse=False)]
+    module.to(dtype=dtype)
+    for owner, name, buffer in buffers:
+        setattr(owner, name, buffer)
+
+
+def import_transformers() -> ModuleType:
     """The transformers package.
 
     Raises:
@@ -167,12 +178,13 @@ def load_pretrained(path: str | Path, *, kind: str, codec: str, published: str) 
     config = read_config(folder, model_type=codec, needs=NEEDS)
     weights = only_file(folder, WEIGHTS_FILES, codec=codec, needs=NEEDS)
     transformers = import_transformers()
+    transformers.utils.logging.disable_progress_bar()  # for it takes no time
     try:
         model, found = getattr(transformers, kind).from_pretrained(
             folder, local_files_only=True, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except Exception as error:  # of safetensors, torch and transformers, which share no base
-        raise ValueError(f"{folder}: cannot be read as {codec!r} ({_first_line(error)}); fetch the files again") from error
+        raise ValueError(f"{weights}: cannot be read ({_first_line(error)}); fetch the files again") from error
     # transformers would go on with random numbers in their place.
     if lacking := sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}):
         raise ValueError(

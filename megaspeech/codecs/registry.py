@@ -4,6 +4,7 @@ import importlib
 from pathlib import Path
 
 from megaspeech.codecs.protocol import Codec
+from megaspeech.config import Config
 
 LOADERS = {
     "spectral": "megaspeech.codecs.spectral:SpectralCodec",
@@ -32,3 +33,14 @@ def load_codec(path: str | Path, *, name: str = "spectral", num_codebooks: int |
         raise ValueError(f"codec.name = {name!r} is no known codec; known: {', '.join(LOADERS)}")
     module, kind = LOADERS[name].split(":")
     return getattr(importlib.import_module(module), kind).load(path, num_codebooks=num_codebooks)
+
+
+def codec_of(config: Config) -> Codec | None:
+    """The codec that a config names, with as many codebooks as its model speaks; None without `codec.path`.
+
+    Raises:
+        ValueError, ImportError: as `load_codec`.
+    """
+    if not config.codec.path:
+        return None
+    return load_codec(config.codec.path, name=config.codec.name, num_codebooks=config.streams.num_codebooks)

@@ -1,4 +1,4 @@
-"""Where a codec's published weights lie, what they are, and what to do where they are lacking. Nothing is downloaded."""
+"""Where a codec's published weights lie, which they are, and what to do where they lack; nothing is downloaded."""
 
 import hashlib
 import json
