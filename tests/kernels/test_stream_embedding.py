@@ -228,7 +228,7 @@ def test_frozen_table_needs_no_gradient() -> None:
 
 def test_operators_are_what_they_say() -> None:
     case = make_case(num_frames=3)
-    lookup = (case.codes_BST, *case.streams.values(), None, 0)
+    lookup = (case.codes_BST, *case.streams.values(), None, None, 0)
     table = case.table_RH.requires_grad_()
     torch.library.opcheck(torch.ops.megaspeech.stream_embedding.default, (*lookup, table, False, False))
     grad = torch.ones(3, 2, 24)

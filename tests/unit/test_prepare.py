@@ -18,7 +18,7 @@ pytest.importorskip("faiss")
 
 from megaspeech.codecs import SpectralCodec, SpectralConfig  # noqa: E402
 from megaspeech.config import Config  # noqa: E402
-from megaspeech.data.mixture import ShardSamples  # noqa: E402
+from megaspeech.data.samples import ShardSamples  # noqa: E402
 from megaspeech.data.shards import Shard  # noqa: E402
 from megaspeech.data.tasks import Task  # noqa: E402
 from megaspeech.data.tokenizer import Tokenizer, train_tokenizer  # noqa: E402
