@@ -69,7 +69,8 @@ def laid_out(sample: dict) -> np.ndarray:
 
 
 def parts(sample: dict, codes_ST: np.ndarray) -> Parts:
-    return take_apart(codes_ST, task=sample["task"], timing=sample["timing"], streams=sample["streams"])
+    num_codebooks = sample["streams"].num_codebooks
+    return take_apart(codes_ST, task=sample["task"], timing=sample["timing"], num_codebooks=num_codebooks)
 
 
 @settings(max_examples=150, deadline=None)
