@@ -206,9 +206,12 @@ def has_voice(name: str) -> bool:
     """Whether espeak-ng has a voice such as `en-us+f2`; a drawn variant it has always."""
     data = Path(_import_loader().get_data_path())
     base, _, variant = name.partition("+")
-    languages = {file.name.lower() for file in (data / "lang").rglob("*") if file.is_file()}
+    files = [
+        file.read_text(encoding="utf-8", errors="replace") for file in (data / "lang").rglob("*") if file.is_file()
+    ]
+    languages = {code.lower() for file in files for code in re.findall(r"^language\s+(\S+)", file, re.MULTILINE)}
     is_variant = not variant or variant.startswith(DRAWN) or (data / "voices" / "!v" / variant).is_file()
-    return base.lower() in languages and is_variant
+    return base in languages and is_variant
 
 
 def _import_loader() -> Any:
