@@ -18,7 +18,8 @@ Axes: Q codebooks, S streams (text, the model's own codebooks, the heard codeboo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,8 +31,14 @@ ZERO_TOKEN = -1
 
 PROMPT_FRAMES = 2
 TASKS = ("asr", "st", "tts", "s2st", "s2s", "text")
-LANGUAGES = ("en", "ja")
-PROMPT_SYMBOLS = tuple(f"<{word}>" for word in ("asr", "st", "tts", "s2st", "en", "ja", "s2s", "text"))
+LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Z][A-Za-z]*)?")
+"""A code as in BCP 47: `en`, `yue`, `pt-BR`, `zh-Hant`. The capital tells `st-zh-Hant-en` from `st-zh-en`."""
+_KEY = re.compile(rf"({'|'.join(TASKS)})-({LANGUAGE.pattern})(?:-({LANGUAGE.pattern}))?")
+
+
+def prompt_symbols(languages: Iterable[str]) -> tuple[str, ...]:
+    """What a tokenizer needs for the prompts of every task in these languages."""
+    return tuple(f"<{word}>" for word in (*TASKS, *sorted(set(languages))))
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,17 @@ class Task:
         if self.name not in TASKS:
             raise ValueError(f"taskname {self.name!r} is not one of {', '.join(TASKS)}")
         for language in (self.source, self.target):
-            if language not in LANGUAGES:
-                raise ValueError(f"language {language!r} is not one of {', '.join(LANGUAGES)}")
+            if not LANGUAGE.fullmatch(language):
+                raise ValueError(f"language {language!r} is no code such as 'en', 'yue' or 'pt-BR'")
+
+    @classmethod
+    def parse(cls, key: str) -> Task:
+        """The task that is written `key`, in the header of a shard. Raises ValueError where there is none."""
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise ValueError(f"{key!r} is no task such as 'asr-en' or 'st-ja-en'")
+        name, source, _, target, _ = match.groups()
+        return cls(name, source, target or source)
 
     @property
     def key(self) -> str:
@@ -90,9 +106,26 @@ class Timing:
 
     def text_frame(self, task: Task, *, start: float, end: float, frame_rate: float) -> int:
         """The frame of the text of a word that sounds from `start` to `end` seconds."""
-        if task.speaks:
-            return self.speech_origin(task) + int(start * frame_rate) - self.speech_lead
-        return self.speech_origin(task) + int(end * frame_rate) + self.task_delay
+        seconds = start if task.speaks else end
+        return self.speech_origin(task) + int(seconds * frame_rate) + self.text_shift(task)
+
+    def text_shift(self, task: Task) -> int:
+        """Frames from the sound of a word to its text; negative where the text comes first."""
+        return -self.speech_lead if task.speaks else self.task_delay
+
+
+def settle(words: Sequence[tuple[int, Sequence[int]]], *, first: int) -> list[int]:
+    """The frame that each word gets.
+
+    Args:
+        words: (wanted frame, piece ids) in order; a word whose frame is still taken moves right.
+        first: the first frame that is free.
+    """
+    frames = []
+    for wanted, pieces in words:
+        frames.append(max(wanted, first))
+        first = frames[-1] + len(pieces)
+    return frames
 
 
 def text_stream(
@@ -101,19 +134,17 @@ def text_stream(
     """The text tokens `[T]` int64 of a sample.
 
     Args:
-        words: (frame, piece ids) in order; a word whose frame is still taken moves right.
+        words: (frame, piece ids) in order; see `settle`.
         prompt: the prompt's piece ids, one for each of the first `PROMPT_FRAMES` frames.
         num_frames: least T; longer if the words need it.
         streams: names the PAD and EPAD ids.
     """
-    row, free = list(prompt), len(prompt)
-    for frame, pieces in words:
-        frame = max(frame, free)
+    row = list(prompt)
+    for frame, (_, pieces) in zip(settle(words, first=len(prompt)), words, strict=True):
         row.extend([streams.text_pad_id] * (frame - len(row)))
         if frame - 1 >= len(prompt) and row[frame - 1] == streams.text_pad_id:
             row[frame - 1] = streams.text_end_pad_id
         row.extend(pieces)
-        free = len(row)
     row.extend([streams.text_pad_id] * (num_frames - len(row)))
     return np.asarray(row, dtype=np.int64)
 
@@ -159,3 +190,32 @@ def lay_out(
         given[:, origin:] = silence[: streams.num_given_codebooks, None]
         given[:, origin : origin + heard.shape[1]] = heard[: streams.num_given_codebooks]
     return codes
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What a sample was laid out from.
+
+    Attributes:
+        prompt: piece ids.
+        text: tokens `[T]` of the text stream from the prompt's end on, PAD and EPAD among them.
+        heard: codes `[Q, T]` from the frame on in which the audio starts, with the silence after its end; None where
+            the task does not hear.
+        spoken: the same of what the model says; None where it does not speak.
+    """
+
+    prompt: tuple[int, ...]
+    text: np.ndarray
+    heard: np.ndarray | None
+    spoken: np.ndarray | None
+
+
+def take_apart(codes_ST: np.ndarray, *, task: Task, timing: Timing, streams: StreamsSection) -> Parts:
+    """The inverse of `lay_out`. How long the audio was a sample does not say: silence goes on after it."""
+    origin, own = timing.speech_origin(task), slice(1, 1 + streams.num_codebooks)
+    return Parts(
+        prompt=tuple(codes_ST[0, :PROMPT_FRAMES].tolist()),
+        text=codes_ST[0, PROMPT_FRAMES:],
+        heard=codes_ST[own.stop :, origin:] if task.hears else None,
+        spoken=codes_ST[own, origin:] if task.speaks else None,
+    )

@@ -64,7 +64,7 @@ def prepare_shards(
     for utterance in utterances:
         faults = {one.path: unreadable[one] for one in utterance.recordings if one in unreadable}
         if not faults:
-            sample = compose(utterance, codes, config=config, codec=codec, tokenizer=tokenizer)
+            sample = compose(utterance, codes, config=config, codec=codec, tokenizer=tokenizer).codes_ST
             if sample.shape[1] <= config.data.num_frames:
                 samples[utterance.task.key].append(sample)
                 continue

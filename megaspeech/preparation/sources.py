@@ -22,8 +22,9 @@ import numpy as np
 import xxhash
 
 from megaspeech.config.preparation import SourceSection
+from megaspeech.data.tasks import LANGUAGE
 from megaspeech.preparation.manifests import folder, lhotse_cuts, moshi_finetune, nemo
-from megaspeech.preparation.manifests.line import TASK_NAMES
+from megaspeech.preparation.manifests.line import LANGUAGE_NAMES, TASK_NAMES
 from megaspeech.preparation.utterance import Utterance
 
 Split = Literal["train", "valid"]
@@ -170,6 +171,10 @@ def _check(source: SourceSection) -> None:
             f"{key}.task: {source.task!r} is not one of {', '.join(allowed or TASK_NAMES)}, "
             f"which a source of format {source.format!r} can be"
         )
+    for which in ("source_lang", "target_lang"):
+        language = getattr(source, which)
+        if language and not (LANGUAGE.fullmatch(language) or language.lower() in LANGUAGE_NAMES):
+            raise ValueError(f"{key}.{which}: {language!r} is not a language's code; give one such as 'en' or 'ja'")
     if allowed and not (source.task or len(allowed) == 1):
         raise ValueError(
             f"{key}.task: is missing; give one of {', '.join(allowed)}, since a {source.format} names none"

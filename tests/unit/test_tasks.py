@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megaspeech.config.schema import StreamsSection
-from megaspeech.data.tasks import PROMPT_FRAMES, ZERO_TOKEN, Task, Timing, lay_out, text_stream
+from megaspeech.data.tasks import PROMPT_FRAMES, TASKS, ZERO_TOKEN, Task, Timing, lay_out, text_stream
 
 PAD, EPAD = 3, 0
 STREAMS = StreamsSection(
@@ -41,10 +41,29 @@ def test_task(task: Task, key: str, prompt: tuple, hears: bool, speaks: bool) ->
     assert len(task.prompt) == PROMPT_FRAMES
 
 
-@pytest.mark.parametrize("arguments, word", [(("as", "en", "en"), "'as'"), (("st", "ja", "fr"), "'fr'")])
-def test_unknown_tasks_and_languages_are_refused(arguments: tuple, word: str) -> None:
-    with pytest.raises(ValueError, match=f"{word} is not one of"):
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (("as", "en", "en"), "'as' is not one of asr, st,"),
+        (("st", "ja", "english"), "language 'english' is no code such as 'en'"),
+        (("st", "zh-hant", "en"), "language 'zh-hant'"),
+    ],
+)
+def test_unknown_tasks_and_languages_are_refused(arguments: tuple, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
         Task(*arguments)
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("source, target", [("en", "en"), ("yue", "pt-BR"), ("zh-Hant", "en"), ("zh-Hant", "zh-Hant")])
+def test_keys_are_read_back(name: str, source: str, target: str) -> None:
+    assert Task.parse(Task(name, source, target).key) == Task(name, source, target)
+
+
+@pytest.mark.parametrize("key", ["asr", "asr-EN", "asr-en-ja-fr", "sing-en", "digits/asr-en"])
+def test_what_is_no_key_is_refused(key: str) -> None:
+    with pytest.raises(ValueError, match=f"'{key}' is no task such as 'asr-en'"):
+        Task.parse(key)
 
 
 def test_heard_words_are_written_once_heard() -> None:
