@@ -17,7 +17,7 @@ from typing import Any
 from megaspeech.config.preparation import SourceSection
 from megaspeech.data.tasks import Task
 from megaspeech.preparation.manifests.archive import find_archive, names_by_stem, span_of
-from megaspeech.preparation.manifests.line import Line, is_unspaced, joined, squeezed
+from megaspeech.preparation.manifests.line import Line, is_number, is_unspaced, joined, squeezed
 from megaspeech.preparation.utterance import Recording, Utterance, Word
 
 SLACK = 0.1
@@ -36,14 +36,7 @@ def read_line(content: bytes, *, manifest: Path, source: SourceSection) -> list[
         ImportError: lhotse is not installed.
         ValueError: the line is not a cut, or its audio or text cannot be used; names what, and the remedy.
     """
-    line = Line.parse(content, manifest=manifest, source=source)
-    try:
-        return [_utterance(_cut(line), manifest=manifest, source=source)]
-    except (AssertionError, AttributeError, IndexError, KeyError, TypeError) as error:
-        raise ValueError(f"not a cut that lhotse can read ({type(error).__name__}: {error})") from None
-
-
-def _utterance(cut: Any, *, manifest: Path, source: SourceSection) -> Utterance:
+    cut = _cut(Line.parse(content, manifest=manifest, source=source))
     said = sorted((one for one in cut.supervisions if (one.text or "").strip()), key=lambda one: one.start)
     if not said:
         raise ValueError(f"cut {cut.id!r}: no supervision has a text; leave such cuts out, or transcribe them")
@@ -51,15 +44,17 @@ def _utterance(cut: Any, *, manifest: Path, source: SourceSection) -> Utterance:
     heard, spoken = _recordings(cut, task=task, manifest=manifest)
     own = [one for one in said if task.name != "s2s" or _is_model(one, cut=cut)]
     speakers = {one.speaker or "" for one in own}
-    return Utterance(
-        task=task,
-        text=joined([one.text.strip() for one in own], language=task.target),
-        words=_words(own, cut=cut, language=task.target),
-        heard=heard,
-        spoken=spoken,
-        speaker=speakers.pop() if len(speakers) == 1 else "",
-        source_words=_words([one for one in said if one not in own], cut=cut, language=task.source),
-    )
+    return [
+        Utterance(
+            task=task,
+            text=joined([one.text.strip() for one in own], language=task.target),
+            words=_words(own, cut=cut, language=task.target),
+            heard=heard,
+            spoken=spoken,
+            speaker=speakers.pop() if len(speakers) == 1 else "",
+            source_words=_words([one for one in said if one not in own], cut=cut, language=task.source),
+        )
+    ]
 
 
 def import_lhotse() -> Callable[[dict[str, Any]], Any]:
@@ -85,10 +80,25 @@ def _cut(line: Line) -> Any:
         raise ValueError(
             f"key 'type': {kind!r} is not a cut; join recordings and supervisions with `lhotse cut simple` first"
         )
-    cut = deserialize_cut(line.values)
+    try:
+        cut = deserialize_cut(line.values)
+        _check_types(cut)
+    except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"not a {kind} that lhotse can read ({type(error).__name__}: {error})") from None
     if cut.recording is None:
         raise ValueError(f"cut {cut.id!r} has no recording; make cuts of audio, not of features alone")
     return cut
+
+
+def _check_types(cut: Any) -> None:
+    """See that times are numbers and texts are texts, which lhotse takes for granted."""
+    items = [item for one in cut.supervisions for item in (one.alignment or {}).get("word", ())]
+    for one in (cut, *cut.supervisions, *items):
+        if not (is_number(one.start) and is_number(one.duration)):
+            raise TypeError(f"start {one.start!r} or duration {one.duration!r} is not a number")
+    texts = [*(one.text or "" for one in cut.supervisions), *(item.symbol for item in items)]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("a text is not a string")
 
 
 def _task(cut: Any, supervision: Any, *, manifest: Path, source: SourceSection) -> Task:
@@ -171,12 +181,14 @@ def _place(audio: Any, field: str, *, cut: Any, manifest: Path) -> tuple[Path, t
 
 def _words(supervisions: list[Any], *, cut: Any, language: str) -> tuple[Word, ...]:
     """What supervisions say, in time, in order; each as one phrase where their words' times are not in order."""
+    phrases = [_phrase(one, cut=cut) for one in supervisions]
     words = [
-        word for one in supervisions for word in _aligned(one, cut=cut, language=language) or [_phrase(one, cut=cut)]
+        word
+        for one, phrase in zip(supervisions, phrases, strict=True)
+        for word in _aligned(one, phrase, cut=cut, language=language) or [phrase]
     ]
-    if all(first.start <= second.start for first, second in pairwise(words)):
-        return tuple(words)
-    return tuple(_phrase(one, cut=cut) for one in supervisions)
+    in_order = all(first.start <= second.start for first, second in pairwise(words))
+    return tuple(words if in_order else phrases)
 
 
 def _phrase(supervision: Any, *, cut: Any) -> Word:
