@@ -12,7 +12,7 @@ import gzip
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
@@ -102,8 +102,7 @@ def read_unit(unit: Unit) -> Iterator[Utterance | Refused]:
     for where, content in _contents(unit):
         try:
             utterances = read(content, manifest=unit.path, source=unit.source)
-            for utterance in utterances:
-                utterance.text.encode()  # JSON may hold what is no text: half a surrogate pair
+            _check_texts(utterances)
             yield from utterances
         except ValueError as fault:
             yield Refused(where, str(fault))
@@ -119,6 +118,17 @@ def is_held_out(content: bytes, *, share: float) -> bool:
     return xxhash.xxh64_intdigest(content) < share * 2**64
 
 
+def _check_texts(utterances: Sequence[Utterance]) -> None:
+    """See that texts are such as can be written, since JSON may also hold half a surrogate pair."""
+    try:
+        for utterance in utterances:
+            utterance.text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"not Unicode: half a surrogate pair at character {error.start}; write the text anew"
+        ) from None
+
+
 def _contents(unit: Unit) -> Iterator[tuple[str, bytes]]:
     """(where it stands, line) of the unit's lines that are not blank and belong to its split."""
     for number, content in _lines(unit):
@@ -127,8 +137,10 @@ def _contents(unit: Unit) -> Iterator[tuple[str, bytes]]:
             continue
         if unit.held_out and is_held_out(content, share=unit.held_out) != (unit.split == "valid"):
             continue
-        is_file = unit.source.format == "folder"
-        yield (str(unit.path / os.fsdecode(content)) if is_file else f"{unit.path}, line {number}"), content
+        if unit.source.format == "folder":
+            yield str(unit.path / content.decode("utf-8", errors="backslashreplace")), content
+        else:
+            yield f"{unit.path}, line {number}", content
 
 
 def _lines(unit: Unit) -> Iterator[tuple[int, bytes]]:

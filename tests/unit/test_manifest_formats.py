@@ -61,16 +61,19 @@ def test_a_model_that_says_nothing_has_no_words(talk):
 @pytest.mark.parametrize(
     "content, reason",
     [
-        (None, r"a\.json: no such file; moshi-finetune's annotate\.py writes it"),
-        (b'{"alignments": [', r"a\.json: not JSON .* at line 1\)"),
-        (b'{"alignments": "\xff"}', r"a\.json: not UTF-8 text \(byte 16\)"),
-        (b'{"words": []}', r"a\.json: there are no alignments; write"),
-        (b"[]", r"a\.json: there are no alignments; write"),
-        (b'{"alignments": 3}', r"a\.json: alignments: 3 is not a list"),
-        (b'{"alignments": [["a", [0, 1]]]}', r"entry 0 is .*, not \[word, \[start, end\], speaker\]"),
-        (b'{"alignments": [["a", [0, "1"], "S"]]}', r"entry 0 is .*, not \[word, \[start, end\], speaker\]"),
-        (b'{"alignments": [["a", 3, "S"]]}', r"entry 0 is .*, not \[word, \[start, end\], speaker\]"),
-        (b'{"alignments": [["a", [2, 1], "S"]]}', r"entry 0 \('a'\) lasts from 2 to 1 s"),
+        (None, r"^no transcript: there is no .*a\.json; moshi-finetune's annotate\.py writes it"),
+        (b'{"alignments": [', r"^unreadable transcript: .*a\.json: not JSON, .* at line 1; write it anew"),
+        (b'{"alignments": "\xff"}', r"^not UTF-8: byte 16 of a\.json; convert it with iconv"),
+        (b'{"words": []}', r"^unreadable transcript: .*a\.json: no alignments; write"),
+        (b"[]", r"^unreadable transcript: .*a\.json: no alignments; write"),
+        (b'{"alignments": 3}', r"^unreadable transcript: .*a\.json: no alignments; write"),
+        (b'{"alignments": [["a", [0, 1]]]}', r"entry 0 of alignments is .*, not \[word, \[start, end"),
+        (
+            b'{"alignments": [["a", [0, "1"], "S"]]}',
+            r"entry 0 of alignments is .*, not \[word, \[start, end",
+        ),
+        (b'{"alignments": [["a", 3, "S"]]}', r"entry 0 of alignments is .*, not \[word, \[start, end"),
+        (b'{"alignments": [["a", [2, 1], "S"]]}', r"entry 0 of alignments \('a'\) lasts from 2 to 1 s"),
     ],
 )
 def test_faulty_alignments(talk, content, reason):
@@ -131,9 +134,9 @@ def test_a_file_with_its_text(audio, task, said):
 @pytest.mark.parametrize(
     "content, reason",
     [
-        (None, r"there is no b\.txt beside it; write what is said into one"),
-        (b" \n", r"b\.txt is empty; write"),
-        ("こんにちは".encode("shift_jis"), r"b\.txt: not UTF-8 text \(byte 0\); convert it with iconv"),
+        (None, r"^no text: there is no b\.txt beside it; write what is said into one"),
+        (b" \n", r"^no text: b\.txt is empty; write"),
+        ("こんにちは".encode("shift_jis"), r"^not UTF-8: byte 0 of b\.txt; convert it with iconv"),
     ],
 )
 def test_faulty_texts(audio, content, reason):

@@ -20,6 +20,8 @@ from megaspeech.preparation.manifests.archive import find_archive, names_by_stem
 from megaspeech.preparation.manifests.line import Line, is_number, is_unspaced, joined, squeezed
 from megaspeech.preparation.utterance import Recording, Utterance, Word
 
+NOT_A_FILE = "audio is not a file"
+"""The kind of fault of cuts whose audio only lhotse could make."""
 SLACK = 0.1
 """Seconds by which times may stick out of what they belong to, for rounding and frames of aligners."""
 SILENCES = ("", "<eps>", "sil", "SIL", "<sil>", "sp", "spn")
@@ -39,7 +41,7 @@ def read_line(content: bytes, *, manifest: Path, source: SourceSection) -> list[
     cut = _cut(Line.parse(content, manifest=manifest, source=source))
     said = sorted((one for one in cut.supervisions if (one.text or "").strip()), key=lambda one: one.start)
     if not said:
-        raise ValueError(f"cut {cut.id!r}: no supervision has a text; leave such cuts out, or transcribe them")
+        raise ValueError(f"no text: no supervision of cut {cut.id!r} has one; leave such cuts out, or transcribe them")
     task = _task(cut, said[0], manifest=manifest, source=source)
     heard, spoken = _recordings(cut, task=task, manifest=manifest)
     own = [one for one in said if task.name != "s2s" or _is_model(one, cut=cut)]
@@ -75,18 +77,18 @@ def _cut(line: Line) -> Any:
     deserialize_cut = import_lhotse()
     kind = line.values.get("type")
     if kind in ("MixedCut", "PaddingCut"):
-        raise ValueError(f"a {kind} has no audio of its own; write such cuts to Shar (cuts.to_shar), which mixes them")
+        raise ValueError(f"{NOT_A_FILE}: a {kind} is mixed by lhotse; write such cuts to Shar (cuts.to_shar)")
     if kind not in ("MonoCut", "MultiCut"):
         raise ValueError(
-            f"key 'type': {kind!r} is not a cut; join recordings and supervisions with `lhotse cut simple` first"
+            f"not a cut: its 'type' is {kind!r}; join recordings and supervisions with `lhotse cut simple` first"
         )
     try:
         cut = deserialize_cut(line.values)
         _check_types(cut)
     except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"not a {kind} that lhotse can read ({type(error).__name__}: {error})") from None
+        raise ValueError(f"not a cut: lhotse cannot read it ({type(error).__name__}: {error})") from None
     if cut.recording is None:
-        raise ValueError(f"cut {cut.id!r} has no recording; make cuts of audio, not of features alone")
+        raise ValueError(f"no recording: cut {cut.id!r} has none; make cuts of audio, not of features alone")
     return cut
 
 
@@ -126,7 +128,7 @@ def _recordings(cut: Any, *, task: Task, manifest: Path) -> tuple[Recording | No
         sides = {one: _recording("recording", cut=cut, channels=[one], manifest=manifest) for one in channels}
         return sides[USER_CHANNEL], sides[MODEL_CHANNEL]
     raise ValueError(
-        f"cut {cut.id!r}: nothing that the model shall say; {task.name} needs a recording in custom['target_audio']"
+        f"nothing to say: {task.name} needs what the model says in custom['target_audio'] of cut {cut.id!r}"
         + (" or two channels, the model's and the user's" if task.name == "s2s" else "")
     )
 
@@ -136,12 +138,12 @@ def _recording(field: str, *, cut: Any, channels: list[int], manifest: Path) -> 
     recording = getattr(cut, field)
     changed = [each["name"] for each in map(_as_dict, recording.transforms or ()) if each["name"] != "Resample"]
     if changed:
-        raise ValueError(f"cut {cut.id!r}: its recording is changed by {', '.join(changed)}; write it to Shar first")
+        raise ValueError(f"{NOT_A_FILE}: cut {cut.id!r} is changed by {', '.join(changed)}; write it to Shar first")
     audio = next((each for each in recording.sources if set(channels) <= set(each.channels)), None)
     if audio is None:
-        raise ValueError(f"cut {cut.id!r}: channels {channels} are not in one file; make cuts of one file each")
+        raise ValueError(f"channels: no file of cut {cut.id!r} has {channels}; make cuts of one file each")
     if len(channels) not in (1, len(audio.channels)):
-        raise ValueError(f"cut {cut.id!r}: {len(channels)} of {len(audio.channels)} channels; take one or all")
+        raise ValueError(f"channels: cut {cut.id!r} is of {len(channels)} of {len(audio.channels)}; take one or all")
     path, span = _place(audio, field, cut=cut, manifest=manifest)
     is_whole = cut.start == 0 and abs(cut.duration - recording.duration) < 1e-3
     return Recording(
@@ -164,16 +166,16 @@ def _place(audio: Any, field: str, *, cut: Any, manifest: Path) -> tuple[Path, t
         beside = manifest.parent / audio.source
         return (beside if beside.exists() else Path(audio.source)), None  # Lhotse's own are relative to where one is
     if audio.type != "shar":
-        raise ValueError(f"cut {cut.id!r}: audio of type {audio.type!r} is not a file; write such cuts to Shar")
+        raise ValueError(f"{NOT_A_FILE}: audio of cut {cut.id!r} is of type {audio.type!r}; write such cuts to Shar")
     number = manifest.name.removeprefix("cuts").split(".jsonl")[0]
     archive = find_archive(f"{field}{number}.tar", manifest=manifest)
     name = names_by_stem(archive).get(cut.id, "")
     ending = name.rpartition(".")[2]
     if ending in ("", "nodata"):
-        raise ValueError(f"cut {cut.id!r}: there is no whole {field} of it in {archive}")
+        raise ValueError(f"not in its archive: there is no whole {field} of cut {cut.id!r} in {archive}")
     if ending in ("llc", "npy"):
         raise ValueError(
-            f"cut {cut.id!r}: its {field} in {archive} is an array (.{ending}), not a file of audio; "
+            f"{NOT_A_FILE}: the {field} of cut {cut.id!r} in {archive} is an array (.{ending}); "
             "write the Shar folder with flac, opus or wav"
         )
     return archive, span_of(name, archive=archive)
@@ -194,8 +196,8 @@ def _words(supervisions: list[Any], *, cut: Any, language: str) -> tuple[Word, .
 def _phrase(supervision: Any, *, cut: Any) -> Word:
     if supervision.start < -SLACK or supervision.end > cut.duration + SLACK:
         raise ValueError(
-            f"cut {cut.id!r}: supervision {supervision.id!r} reaches from {supervision.start} to {supervision.end} s, "
-            f"but the cut to {cut.duration} s; trim cuts to supervisions (lhotse cut trim-to-supervisions)"
+            f"text beyond the audio: supervision {supervision.id!r} reaches from {supervision.start} to "
+            f"{supervision.end} s, but cut {cut.id!r} to {cut.duration} s; trim it (lhotse cut trim-to-supervisions)"
         )
     start = max(0.0, supervision.start)
     return Word(supervision.text.strip(), start, max(start, min(supervision.end, cut.duration)))

@@ -1,6 +1,7 @@
 """One JSON line of a manifest: looked up by key, with faults that name key, value and remedy.
 
-A line's own task and languages win over those of its source (`[[sources]]`).
+A line's own task and languages win over those of its source (`[[sources]]`). What stands before the first colon of a
+fault is its kind, which is the same for all lines that have it, so that they can be counted.
 """
 
 from __future__ import annotations
@@ -54,10 +55,10 @@ class Line:
         try:
             values = json.loads(decode_utf8(content))
         except json.JSONDecodeError as error:
-            raise ValueError(f"not JSON ({error.msg} at column {error.colno}); write one JSON object a line") from None
+            raise ValueError(f"not JSON: {error.msg} at column {error.colno}; write one JSON object a line") from None
         if not isinstance(values, dict):
             shown = content[:40].decode("utf-8", errors="replace")
-            raise ValueError(f"{shown!r} is not a JSON object; write one JSON object a line")
+            raise ValueError(f"not a JSON object: {shown!r}; write one JSON object a line")
         return cls(values, manifest=manifest, source=source)
 
     def __contains__(self, key: str) -> bool:
@@ -159,16 +160,16 @@ def translates(task: str) -> bool:
     return task in ("st", "s2st")
 
 
-def decode_utf8(content: bytes) -> str:
+def decode_utf8(content: bytes, *, name: str = "the line") -> str:
     """Text, without the byte order mark that some editors write.
 
     Raises:
-        ValueError: it is not UTF-8; names the byte.
+        ValueError: it is not UTF-8; names where it stands, and the byte.
     """
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 text (byte {error.start}); convert it with iconv") from None
+        raise ValueError(f"not UTF-8: byte {error.start} of {name}; convert it with iconv") from None
 
 
 def is_unspaced(language: str) -> bool:
