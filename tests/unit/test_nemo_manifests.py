@@ -219,6 +219,13 @@ def test_speech_to_speech_needs_its_target(tmp_path):
         read_manifest(_write(tmp_path, {**LINE, "taskname": "s2st"}))
 
 
+def test_the_lines_of_the_documentation_are_read(tmp_path):
+    text = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
+    lines = [line.strip() for line in text.splitlines() if line.startswith("    {")]
+    tasks = [_read(tmp_path, json.loads(line), task="asr", target_lang="en").task.key for line in lines]
+    assert tasks == ["asr-en", "st-ja-en", "text-en"]
+
+
 @pytest.fixture
 def tarred(tmp_path) -> Path:
     """A tarred data set as NeMo's script lays it out; the last file of the second archive is cut short."""

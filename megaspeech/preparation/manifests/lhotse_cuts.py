@@ -145,7 +145,7 @@ def _recording(field: str, *, cut: Any, channels: list[int], manifest: Path) -> 
     if len(channels) not in (1, len(audio.channels)):
         raise ValueError(f"channels: cut {cut.id!r} is of {len(channels)} of {len(audio.channels)}; take one or all")
     path, span = _place(audio, field, cut=cut, manifest=manifest)
-    is_whole = cut.start == 0 and abs(cut.duration - recording.duration) < 1e-3
+    is_whole = abs(cut.duration - recording.duration) < 1e-3
     return Recording(
         path,
         start=cut.start,
