@@ -32,7 +32,8 @@ def cut_to_length(utterance: Utterance, *, max_seconds: float) -> list[Utterance
         The pieces in order: each word in one of them, their texts slices of the text.
     """
     lengths = [_seconds(recording) for recording in utterance.recordings]
-    if utterance.task.name == "s2st" or not lengths or None in lengths or max(lengths) <= max_seconds:
+    is_untimed = utterance.text and not utterance.words
+    if utterance.task.name == "s2st" or is_untimed or None in lengths or max(lengths, default=0.0) <= max_seconds:
         return [utterance]
     total = max(lengths)
     talks = utterance.task.name == "s2s"  # then another may speak while the model is silent

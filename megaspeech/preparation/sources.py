@@ -12,7 +12,7 @@ import gzip
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
@@ -22,8 +22,9 @@ import numpy as np
 import xxhash
 
 from megaspeech.config.preparation import SourceSection
+from megaspeech.data.tasks import LANGUAGE
 from megaspeech.preparation.manifests import folder, lhotse_cuts, moshi_finetune, nemo
-from megaspeech.preparation.manifests.line import TASK_NAMES
+from megaspeech.preparation.manifests.line import LANGUAGE_NAMES, TASK_NAMES
 from megaspeech.preparation.utterance import Utterance
 
 Split = Literal["train", "valid"]
@@ -101,8 +102,7 @@ def read_unit(unit: Unit) -> Iterator[Utterance | Refused]:
     for where, content in _contents(unit):
         try:
             utterances = read(content, manifest=unit.path, source=unit.source)
-            for utterance in utterances:
-                utterance.text.encode()  # JSON may hold what is no text: half a surrogate pair
+            _check_texts(utterances)
             yield from utterances
         except ValueError as fault:
             yield Refused(where, str(fault))
@@ -118,6 +118,17 @@ def is_held_out(content: bytes, *, share: float) -> bool:
     return xxhash.xxh64_intdigest(content) < share * 2**64
 
 
+def _check_texts(utterances: Sequence[Utterance]) -> None:
+    """See that texts are such as can be written, since JSON may also hold half a surrogate pair."""
+    try:
+        for utterance in utterances:
+            utterance.text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"not Unicode: half a surrogate pair at character {error.start}; write the text anew"
+        ) from None
+
+
 def _contents(unit: Unit) -> Iterator[tuple[str, bytes]]:
     """(where it stands, line) of the unit's lines that are not blank and belong to its split."""
     for number, content in _lines(unit):
@@ -126,8 +137,10 @@ def _contents(unit: Unit) -> Iterator[tuple[str, bytes]]:
             continue
         if unit.held_out and is_held_out(content, share=unit.held_out) != (unit.split == "valid"):
             continue
-        is_file = unit.source.format == "folder"
-        yield (str(unit.path / os.fsdecode(content)) if is_file else f"{unit.path}, line {number}"), content
+        if unit.source.format == "folder":
+            yield str(unit.path / content.decode("utf-8", errors="backslashreplace")), content
+        else:
+            yield f"{unit.path}, line {number}", content
 
 
 def _lines(unit: Unit) -> Iterator[tuple[int, bytes]]:
@@ -170,6 +183,10 @@ def _check(source: SourceSection) -> None:
             f"{key}.task: {source.task!r} is not one of {', '.join(allowed or TASK_NAMES)}, "
             f"which a source of format {source.format!r} can be"
         )
+    for which in ("source_lang", "target_lang"):
+        language = getattr(source, which)
+        if language and not (LANGUAGE.fullmatch(language) or language.lower() in LANGUAGE_NAMES):
+            raise ValueError(f"{key}.{which}: {language!r} is not a language's code; give one such as 'en' or 'ja'")
     if allowed and not (source.task or len(allowed) == 1):
         raise ValueError(
             f"{key}.task: is missing; give one of {', '.join(allowed)}, since a {source.format} names none"

@@ -19,7 +19,7 @@ def find_archive(name: str, *, manifest: Path) -> Path:
     for folder in (manifest.parent, manifest.parent.parent):
         if (folder / name).is_file():
             return folder / name
-    raise ValueError(f"there is no {name} beside {manifest.name} or one folder up; put the archives there")
+    raise ValueError(f"no archive: there is no {name} beside {manifest.name} or one folder up; put the archives there")
 
 
 def span_of(name: str, *, archive: Path) -> Span | None:
@@ -43,10 +43,10 @@ def spans(archive: Path) -> dict[str, Span]:
                     found[member.name] = (member.offset_data, member.size)
                 tar.members.clear()  # else it keeps them all
     except OSError as error:
-        raise ValueError(f"{archive}: unreadable: {error.strerror}") from None
+        raise ValueError(f"archive unreadable: {archive}: {error.strerror}") from None
     except tarfile.ReadError:
         raise ValueError(
-            f"{archive}: not a tar from which single files can be read; unpack it if it is compressed"
+            f"archive unreadable: {archive} is not a tar from which single files can be read; if compressed, unpack it"
         ) from None
     return found
 

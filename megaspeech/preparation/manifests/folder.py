@@ -67,15 +67,13 @@ def read_name(content: bytes, *, manifest: Path, source: SourceSection) -> list[
     path = manifest / os.fsdecode(content)
     beside = path.with_suffix(".txt")
     try:
-        text = " ".join(decode_utf8(beside.read_bytes()).split())
+        text = " ".join(decode_utf8(beside.read_bytes(), name=beside.name).split())
     except FileNotFoundError:
-        raise ValueError(f"there is no {beside.name} beside it; write what is said into one") from None
+        raise ValueError(f"no text: there is no {beside.name} beside it; write what is said into one") from None
     except OSError as error:
-        raise ValueError(f"{beside.name}: unreadable: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{beside.name}: {error}") from None
+        raise ValueError(f"unreadable text: {beside.name}: {error.strerror}") from None
     if not text:
-        raise ValueError(f"{beside.name} is empty; write what is said into it")
+        raise ValueError(f"no text: {beside.name} is empty; write what is said into it")
     task, audio = Line({}, manifest=manifest, source=source).task(), Recording(path)
     return [
         Utterance(

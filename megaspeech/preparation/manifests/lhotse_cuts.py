@@ -17,9 +17,11 @@ from typing import Any
 from megaspeech.config.preparation import SourceSection
 from megaspeech.data.tasks import Task
 from megaspeech.preparation.manifests.archive import find_archive, names_by_stem, span_of
-from megaspeech.preparation.manifests.line import Line, is_unspaced, joined, squeezed
+from megaspeech.preparation.manifests.line import Line, is_number, is_unspaced, joined, squeezed
 from megaspeech.preparation.utterance import Recording, Utterance, Word
 
+NOT_A_FILE = "audio is not a file"
+"""The kind of fault of cuts whose audio only lhotse could make."""
 SLACK = 0.1
 """Seconds by which times may stick out of what they belong to, for rounding and frames of aligners."""
 SILENCES = ("", "<eps>", "sil", "SIL", "<sil>", "sp", "spn")
@@ -36,30 +38,25 @@ def read_line(content: bytes, *, manifest: Path, source: SourceSection) -> list[
         ImportError: lhotse is not installed.
         ValueError: the line is not a cut, or its audio or text cannot be used; names what, and the remedy.
     """
-    line = Line.parse(content, manifest=manifest, source=source)
-    try:
-        return [_utterance(_cut(line), manifest=manifest, source=source)]
-    except (AssertionError, AttributeError, IndexError, KeyError, TypeError) as error:
-        raise ValueError(f"not a cut that lhotse can read ({type(error).__name__}: {error})") from None
-
-
-def _utterance(cut: Any, *, manifest: Path, source: SourceSection) -> Utterance:
+    cut = _cut(Line.parse(content, manifest=manifest, source=source))
     said = sorted((one for one in cut.supervisions if (one.text or "").strip()), key=lambda one: one.start)
     if not said:
-        raise ValueError(f"cut {cut.id!r}: no supervision has a text; leave such cuts out, or transcribe them")
+        raise ValueError(f"no text: no supervision of cut {cut.id!r} has one; leave such cuts out, or transcribe them")
     task = _task(cut, said[0], manifest=manifest, source=source)
     heard, spoken = _recordings(cut, task=task, manifest=manifest)
     own = [one for one in said if task.name != "s2s" or _is_model(one, cut=cut)]
     speakers = {one.speaker or "" for one in own}
-    return Utterance(
-        task=task,
-        text=joined([one.text.strip() for one in own], language=task.target),
-        words=_words(own, cut=cut, language=task.target),
-        heard=heard,
-        spoken=spoken,
-        speaker=speakers.pop() if len(speakers) == 1 else "",
-        source_words=_words([one for one in said if one not in own], cut=cut, language=task.source),
-    )
+    return [
+        Utterance(
+            task=task,
+            text=joined([one.text.strip() for one in own], language=task.target),
+            words=_words(own, cut=cut, language=task.target),
+            heard=heard,
+            spoken=spoken,
+            speaker=speakers.pop() if len(speakers) == 1 else "",
+            source_words=_words([one for one in said if one not in own], cut=cut, language=task.source),
+        )
+    ]
 
 
 def import_lhotse() -> Callable[[dict[str, Any]], Any]:
@@ -80,15 +77,30 @@ def _cut(line: Line) -> Any:
     deserialize_cut = import_lhotse()
     kind = line.values.get("type")
     if kind in ("MixedCut", "PaddingCut"):
-        raise ValueError(f"a {kind} has no audio of its own; write such cuts to Shar (cuts.to_shar), which mixes them")
+        raise ValueError(f"{NOT_A_FILE}: a {kind} is mixed by lhotse; write such cuts to Shar (cuts.to_shar)")
     if kind not in ("MonoCut", "MultiCut"):
         raise ValueError(
-            f"key 'type': {kind!r} is not a cut; join recordings and supervisions with `lhotse cut simple` first"
+            f"not a cut: its 'type' is {kind!r}; join recordings and supervisions with `lhotse cut simple` first"
         )
-    cut = deserialize_cut(line.values)
+    try:
+        cut = deserialize_cut(line.values)
+        _check_types(cut)
+    except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"not a cut: lhotse cannot read it ({type(error).__name__}: {error})") from None
     if cut.recording is None:
-        raise ValueError(f"cut {cut.id!r} has no recording; make cuts of audio, not of features alone")
+        raise ValueError(f"no recording: cut {cut.id!r} has none; make cuts of audio, not of features alone")
     return cut
+
+
+def _check_types(cut: Any) -> None:
+    """See that times are numbers and texts are texts, which lhotse takes for granted."""
+    items = [item for one in cut.supervisions for item in (one.alignment or {}).get("word", ())]
+    for one in (cut, *cut.supervisions, *items):
+        if not (is_number(one.start) and is_number(one.duration)):
+            raise TypeError(f"start {one.start!r} or duration {one.duration!r} is not a number")
+    texts = [*(one.text or "" for one in cut.supervisions), *(item.symbol for item in items)]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("a text is not a string")
 
 
 def _task(cut: Any, supervision: Any, *, manifest: Path, source: SourceSection) -> Task:
@@ -116,7 +128,7 @@ def _recordings(cut: Any, *, task: Task, manifest: Path) -> tuple[Recording | No
         sides = {one: _recording("recording", cut=cut, channels=[one], manifest=manifest) for one in channels}
         return sides[USER_CHANNEL], sides[MODEL_CHANNEL]
     raise ValueError(
-        f"cut {cut.id!r}: nothing that the model shall say; {task.name} needs a recording in custom['target_audio']"
+        f"nothing to say: {task.name} needs what the model says in custom['target_audio'] of cut {cut.id!r}"
         + (" or two channels, the model's and the user's" if task.name == "s2s" else "")
     )
 
@@ -126,14 +138,14 @@ def _recording(field: str, *, cut: Any, channels: list[int], manifest: Path) -> 
     recording = getattr(cut, field)
     changed = [each["name"] for each in map(_as_dict, recording.transforms or ()) if each["name"] != "Resample"]
     if changed:
-        raise ValueError(f"cut {cut.id!r}: its recording is changed by {', '.join(changed)}; write it to Shar first")
+        raise ValueError(f"{NOT_A_FILE}: cut {cut.id!r} is changed by {', '.join(changed)}; write it to Shar first")
     audio = next((each for each in recording.sources if set(channels) <= set(each.channels)), None)
     if audio is None:
-        raise ValueError(f"cut {cut.id!r}: channels {channels} are not in one file; make cuts of one file each")
+        raise ValueError(f"channels: no file of cut {cut.id!r} has {channels}; make cuts of one file each")
     if len(channels) not in (1, len(audio.channels)):
-        raise ValueError(f"cut {cut.id!r}: {len(channels)} of {len(audio.channels)} channels; take one or all")
+        raise ValueError(f"channels: cut {cut.id!r} is of {len(channels)} of {len(audio.channels)}; take one or all")
     path, span = _place(audio, field, cut=cut, manifest=manifest)
-    is_whole = cut.start == 0 and abs(cut.duration - recording.duration) < 1e-3
+    is_whole = abs(cut.duration - recording.duration) < 1e-3
     return Recording(
         path,
         start=cut.start,
@@ -154,16 +166,16 @@ def _place(audio: Any, field: str, *, cut: Any, manifest: Path) -> tuple[Path, t
         beside = manifest.parent / audio.source
         return (beside if beside.exists() else Path(audio.source)), None  # Lhotse's own are relative to where one is
     if audio.type != "shar":
-        raise ValueError(f"cut {cut.id!r}: audio of type {audio.type!r} is not a file; write such cuts to Shar")
+        raise ValueError(f"{NOT_A_FILE}: audio of cut {cut.id!r} is of type {audio.type!r}; write such cuts to Shar")
     number = manifest.name.removeprefix("cuts").split(".jsonl")[0]
     archive = find_archive(f"{field}{number}.tar", manifest=manifest)
     name = names_by_stem(archive).get(cut.id, "")
     ending = name.rpartition(".")[2]
     if ending in ("", "nodata"):
-        raise ValueError(f"cut {cut.id!r}: there is no whole {field} of it in {archive}")
+        raise ValueError(f"not in its archive: there is no whole {field} of cut {cut.id!r} in {archive}")
     if ending in ("llc", "npy"):
         raise ValueError(
-            f"cut {cut.id!r}: its {field} in {archive} is an array (.{ending}), not a file of audio; "
+            f"{NOT_A_FILE}: the {field} of cut {cut.id!r} in {archive} is an array (.{ending}); "
             "write the Shar folder with flac, opus or wav"
         )
     return archive, span_of(name, archive=archive)
@@ -171,19 +183,21 @@ def _place(audio: Any, field: str, *, cut: Any, manifest: Path) -> tuple[Path, t
 
 def _words(supervisions: list[Any], *, cut: Any, language: str) -> tuple[Word, ...]:
     """What supervisions say, in time, in order; each as one phrase where their words' times are not in order."""
+    phrases = [_phrase(one, cut=cut) for one in supervisions]
     words = [
-        word for one in supervisions for word in _aligned(one, cut=cut, language=language) or [_phrase(one, cut=cut)]
+        word
+        for one, phrase in zip(supervisions, phrases, strict=True)
+        for word in _aligned(one, phrase, cut=cut, language=language) or [phrase]
     ]
-    if all(first.start <= second.start for first, second in pairwise(words)):
-        return tuple(words)
-    return tuple(_phrase(one, cut=cut) for one in supervisions)
+    in_order = all(first.start <= second.start for first, second in pairwise(words))
+    return tuple(words if in_order else phrases)
 
 
 def _phrase(supervision: Any, *, cut: Any) -> Word:
     if supervision.start < -SLACK or supervision.end > cut.duration + SLACK:
         raise ValueError(
-            f"cut {cut.id!r}: supervision {supervision.id!r} reaches from {supervision.start} to {supervision.end} s, "
-            f"but the cut to {cut.duration} s; trim cuts to supervisions (lhotse cut trim-to-supervisions)"
+            f"text beyond the audio: supervision {supervision.id!r} reaches from {supervision.start} to "
+            f"{supervision.end} s, but cut {cut.id!r} to {cut.duration} s; trim it (lhotse cut trim-to-supervisions)"
         )
     start = max(0.0, supervision.start)
     return Word(supervision.text.strip(), start, max(start, min(supervision.end, cut.duration)))

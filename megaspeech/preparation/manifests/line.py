@@ -1,19 +1,20 @@
 """One JSON line of a manifest: looked up by key, with faults that name key, value and remedy.
 
-A line's own task and languages win over those of its source (`[[sources]]`).
+A line's own task and languages win over those of its source (`[[sources]]`). What stands before the first colon of a
+fault is its kind, which is the same for all lines that have it, so that they can be counted.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megaspeech.config.preparation import SourceSection
-from megaspeech.data.tasks import TASKS, Task
+from megaspeech.data.tasks import LANGUAGE, TASKS, Task
 from megaspeech.preparation.utterance import Word
 
 TASK_NAMES = {
@@ -54,10 +55,10 @@ class Line:
         try:
             values = json.loads(decode_utf8(content))
         except json.JSONDecodeError as error:
-            raise ValueError(f"not JSON ({error.msg} at column {error.colno}); write one JSON object a line") from None
+            raise ValueError(f"not JSON: {error.msg} at column {error.colno}; write one JSON object a line") from None
         if not isinstance(values, dict):
             shown = content[:40].decode("utf-8", errors="replace")
-            raise ValueError(f"{shown!r} is not a JSON object; write one JSON object a line")
+            raise ValueError(f"not a JSON object: {shown!r}; write one JSON object a line")
         return cls(values, manifest=manifest, source=source)
 
     def __contains__(self, key: str) -> bool:
@@ -70,7 +71,7 @@ class Line:
 
     def missing(self, key: str) -> ValueError:
         """That a key is missing, with the nearest one that is there."""
-        near = difflib.get_close_matches(key, self.values, n=1)
+        near = difflib.get_close_matches(key, [other for other in self.values if other in self], n=1)
         return self.fault(key, "is missing" + (f" (there is {near[0]!r})" if near else ""))
 
     def text(self, key: str) -> str:
@@ -121,10 +122,15 @@ class Line:
         source = source or self.source.source_lang
         if not translates(name):
             source, target = source or target, target or source
-        for key, language in (("source_lang", source), ("target_lang", target)):
-            if not language:
-                raise self.missing(key)
-        return Task(name, *(LANGUAGE_NAMES.get(each.lower(), each) for each in (source, target)))
+        return Task(name, self._language("source_lang", source), self._language("target_lang", target))
+
+    def _language(self, key: str, name: str) -> str:
+        if not name:
+            raise self.missing(key)
+        code = LANGUAGE_NAMES.get(name.lower(), name)
+        if not LANGUAGE.fullmatch(code):
+            raise self.fault(key, f"{name!r} is not a language's code")
+        return code
 
     def words(self, key: str) -> tuple[Word, ...]:
         """Words or phrases with their times in seconds, in order."""
@@ -154,16 +160,16 @@ def translates(task: str) -> bool:
     return task in ("st", "s2st")
 
 
-def decode_utf8(content: bytes) -> str:
+def decode_utf8(content: bytes, *, name: str = "the line") -> str:
     """Text, without the byte order mark that some editors write.
 
     Raises:
-        ValueError: it is not UTF-8; names the byte.
+        ValueError: it is not UTF-8; names where it stands, and the byte.
     """
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 text (byte {error.start}); convert it with iconv") from None
+        raise ValueError(f"not UTF-8: byte {error.start} of {name}; convert it with iconv") from None
 
 
 def is_unspaced(language: str) -> bool:
@@ -182,13 +188,13 @@ def joined(texts: Sequence[str], *, language: str) -> str:
 
 
 def whole(text: str, *, duration: float | None) -> tuple[Word, ...]:
-    """A text whose times are not known, as one phrase; up to infinity where the audio's length is not known either."""
-    return (Word(text, 0.0, math.inf if duration is None else duration),)
+    """A text of which no times are known, as one phrase; nothing where the audio's length is not known either."""
+    return () if duration is None else (Word(text, 0.0, duration),)
 
 
 def is_number(value: Any) -> bool:
-    """Whether a JSON value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+    """Whether a JSON value is a number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _word(entry: Any) -> Word | None:

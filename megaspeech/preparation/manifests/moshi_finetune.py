@@ -49,31 +49,33 @@ def read_line(content: bytes, *, manifest: Path, source: SourceSection) -> list[
 def _alignments(path: Path) -> list[tuple[Word, str]]:
     """(word, speaker), by time."""
     try:
-        entries = json.loads(decode_utf8(path.read_bytes()))["alignments"]
+        values = json.loads(decode_utf8(path.read_bytes(), name=path.name))
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; moshi-finetune's annotate.py writes it") from None
+        raise ValueError(f"no transcript: there is no {path}; moshi-finetune's annotate.py writes it") from None
     except OSError as error:
-        raise ValueError(f"{path}: unreadable: {error.strerror}") from None
+        raise ValueError(f"unreadable transcript: {path}: {error.strerror}") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error.msg} at line {error.lineno}); write it anew") from None
-    except ValueError as error:  # not UTF-8
-        raise ValueError(f"{path}: {error}") from None
-    except (KeyError, TypeError):
-        shape = '{"alignments": [[word, [start, end], speaker], ...]}'
-        raise ValueError(f"{path}: there are no alignments; write {shape}") from None
+        raise ValueError(
+            f"unreadable transcript: {path}: not JSON, {error.msg} at line {error.lineno}; write it anew"
+        ) from None
+    entries = values.get("alignments") if isinstance(values, dict) else None
     if not isinstance(entries, list):
-        raise ValueError(f"{path}: alignments: {entries!r} is not a list")
+        raise ValueError(
+            f"unreadable transcript: {path}: no alignments; "
+            'write {"alignments": [[word, [start, end], speaker], ...]}'
+        )
     said = [_word(entry, path=path, place=place) for place, entry in enumerate(entries)]
     return sorted((each for each in said if each[0].word), key=lambda each: each[0].start)
 
 
 def _word(entry: Any, *, path: Path, place: int) -> tuple[Word, str]:
+    where = f"unreadable transcript: {path}: entry {place} of alignments"
     try:
         word, (start, end), speaker = entry
     except (TypeError, ValueError):
         word = start = end = speaker = None
     if not (isinstance(word, str) and isinstance(speaker, str) and is_number(start) and is_number(end)):
-        raise ValueError(f"{path}: alignments: entry {place} is {entry!r}, not [word, [start, end], speaker]")
+        raise ValueError(f"{where} is {entry!r}, not [word, [start, end], speaker]")
     if not 0 <= start <= end:
-        raise ValueError(f"{path}: alignments: entry {place} ({word!r}) lasts from {start} to {end} s")
+        raise ValueError(f"{where} ({word!r}) lasts from {start} to {end} s")
     return Word(word.strip(), float(start), float(end)), speaker

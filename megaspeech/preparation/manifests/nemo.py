@@ -36,7 +36,7 @@ def read_line(content: bytes, *, manifest: Path, source: SourceSection) -> list[
     """
     line = Line.parse(content, manifest=manifest, source=source)
     if line.values.get("_skipme"):
-        raise ValueError("key '_skipme': the manifest says that this line is not to be used")
+        raise ValueError("key '_skipme': its maker says that the line is not to be used")
     task, text = line.task(), line.text("text")
     if task.name == "text":
         return [Utterance(task=task, text=text, words=whole(text, duration=None))]
@@ -69,7 +69,7 @@ def _tarred(line: Line) -> tuple[Path, tuple[int, int]]:
     name = line.text("audio_filepath")
     span = span_of(name, archive=archive) or span_of(_REPEATED.sub("", name), archive=archive)
     if span is None:
-        raise ValueError(f"key 'audio_filepath': there is no whole file {name!r} in {archive}; make the archive anew")
+        raise ValueError(f"not in its archive: there is no whole file {name!r} in {archive}; make the archive anew")
     return archive, span
 
 
