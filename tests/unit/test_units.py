@@ -79,11 +79,14 @@ def test_killed_at_random_and_started_again(home: Path, expected: dict[str, byte
     seconds, draws, kills = time.monotonic() - started, random.Random(5), 0
     for _ in range(8):
         process = start(home, tmp_path / "out")
-        process.join(draws.uniform(0.2, 0.9) * seconds)
+        process.join(draws.uniform(0.1, 0.8) * seconds)
         process.kill()
         process.join()
+        if process.exitcode == 0:  # it was faster
+            assert content_of(tmp_path / "out") == expected
+            shutil.rmtree(tmp_path / "out")
         kills += process.exitcode == -signal.SIGKILL
-    assert kills >= 4
+    assert kills >= 2
     assert prepare_units(home / "config.toml", into(tmp_path / "out"))
     assert content_of(tmp_path / "out") == expected
 
