@@ -106,6 +106,8 @@ def read_unit(unit: Unit) -> Iterator[Utterance | Refused]:
             yield from utterances
         except ValueError as fault:
             yield Refused(where, str(fault))
+        except OSError as error:  # of a transcript, or an archive
+            yield Refused(where, f"unreadable: {error.strerror}")
 
 
 def is_held_out(content: bytes, *, share: float) -> bool:

@@ -115,7 +115,7 @@ def test_a_cuts_own_task_and_languages_win(tmp_path, stereo):
 
 
 def test_a_conversation_in_two_channels(tmp_path, stereo):
-    said = [_said("hi", channel=0), _said("who is it", id="b", start=6.0, channel=1)]
+    said = [_said("hi", channel=[0]), _said("who is it", id="b", start=6.0, channel=1)]
     cut = lhotse.MultiCut("m", 0, SECONDS, channel=[0, 1], supervisions=said, recording=stereo)
     utterance = _read(cut, tmp_path, SourceSection(name="c", format="lhotse", task="s2s"))
     assert utterance.spoken == Recording(tmp_path / "a.wav", channel=0, duration=SECONDS)
@@ -210,6 +210,7 @@ def test_text_that_reaches_out_of_its_cut_is_refused(tmp_path, stereo):
 
 
 SAID = _said().to_dict()
+SAID_ABROAD = {**SAID, "custom": {"taskname": "s2st", "source_lang": "ja", "target_lang": "en"}}
 
 
 @pytest.mark.parametrize(
@@ -219,9 +220,10 @@ SAID = _said().to_dict()
         ({"type": None}, "^not a cut: its 'type' is None; join recordings and supervisions with `lhotse cut simple`"),
         ({"start": "0"}, r"^not a cut: lhotse cannot read it \(TypeError: start '0' or duration 10.0 is not a"),
         ({"supervisions": [{"text": "x"}]}, r"^not a cut: lhotse cannot read it \(TypeError"),
-        ({"supervisions": [{**SAID, "text": 3}]}, "a text is not a string"),
+        ({"supervisions": [{**SAID, "text": 3}]}, "^not a cut: .*AttributeError: 'int'"),
         ({"supervisions": [{**SAID, "alignment": {"word": [["a", "b", "c"]]}}]}, "start 'b' or duration 'c' is not a"),
         ({"surprise": 1}, r"^not a cut: lhotse cannot read it \(TypeError.*surprise"),
+        ({"custom": {"target_audio": "b.wav"}, "supervisions": [SAID_ABROAD]}, "^not a cut: .*AttributeError: 'str'"),
         ({"recording": {}}, "^not a cut: lhotse cannot read it"),
         ({"channel": 7}, r"^channels: no file of cut .* has \[7\]"),
     ],

@@ -111,6 +111,7 @@ def test_the_side_of_a_line_depends_on_nothing_but_its_bytes():
 def test_a_faulty_line_is_set_aside_and_the_others_go_on(tmp_path):
     path = tmp_path / "some.jsonl"
     faulty = [b"{", b"[]", b'{"text": "\xff"}', _line(1, text=None), _line(1, text="\ud800"), _line(1, duration="x")]
+    faulty.append(_line(1, shard_id="9" * 300))
     path.write_bytes(b"\n".join([_line(0), b"", b"  ", *faulty, _line(9)]))
     (unit,) = list_units([_source(path)], lines_per_shard=100)
     first, *refused, last = read_unit(unit)
@@ -122,6 +123,7 @@ def test_a_faulty_line_is_set_aside_and_the_others_go_on(tmp_path):
         "key 'text': is missing",
         "not Unicode:",
         "key 'duration': 'x'",
+        "unreadable: File name too long",
     ]
     for one, reason in zip(refused, reasons, strict=True):
         assert isinstance(one, Refused) and one.reason.startswith(reason) and "\n" not in one.reason
