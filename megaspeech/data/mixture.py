@@ -17,6 +17,7 @@ from megaspeech.config import Config
 from megaspeech.data.batch import Batch, collate_step, pack_rows
 from megaspeech.data.blending import Blend, find_sets, mixture_of, shares_of
 from megaspeech.data.samples import ShardSamples
+from megaspeech.data.storage import shards_directory
 
 
 class _Draw(NamedTuple):
@@ -40,7 +41,8 @@ class TrainBatches:
     """
 
     def __init__(self, config: Config, *, dp_rank: int, dp_size: int) -> None:
-        directory, training = Path(config.data.directory) / "train", config.training
+        training = config.training
+        directory = shards_directory(config.data, "train", names=mixture_of(config))
         self.config, self.dp_rank, self.dp_size = config, dp_rank, dp_size
         self.shares = shares_of(config, directory)
         _allow_open_files(2 * config.data.shuffle_shards * len(self.shares))
@@ -126,7 +128,7 @@ def valid_batches(config: Config, *, dp_rank: int, dp_size: int) -> Mapping[str,
     """
     whole = config.loss.model_copy(update={"silence_fraction": 1.0, "speech_fraction": 1.0})
     config = config.model_copy(update={"loss": whole})
-    directory, batches = Path(config.data.directory) / "valid", {}
+    directory, batches = shards_directory(config.data, "valid", names=mixture_of(config)), {}
     for name in _valid_sets(config, directory):
         samples = ShardSamples(directory, name=name, config=config)
         groups = _group(list(map(samples.length, range(len(samples.shards)))), config=config, dp_size=dp_size)
