@@ -115,10 +115,7 @@ class S3Bytes:
 
     def _open(self) -> IndexedDataset:
         config = ObjectStorageConfig(path_to_idx_cache=str(self._cache), bin_chunk_nbytes=REQUEST_BYTES)
-        try:
-            return IndexedDataset(self._location, mmap=False, object_storage_config=config)
-        except AssertionError as error:
-            raise ValueError(f"shard {self._location}: its .bin or .idx is missing in S3; upload it again") from error
+        return IndexedDataset(self._location, mmap=False, object_storage_config=config)
 
     def close(self) -> None:
         """Nothing can be read any more."""
