@@ -8,10 +8,8 @@ in memory, and every shard is opened once an epoch.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -112,10 +110,9 @@ class ShardSet:
         if self.catalogue.header.num_samples == 0:
             raise ValueError(f"set of shards {directory} holds no samples; look into rejected.jsonl, or drop it")
         self.seed, self.shuffle_shards = seed, shuffle_shards
-        # Lists, in which one number is found in a tenth of the time that numpy takes for it.
-        self._starts: list[int] = [0, *itertools.accumulate(self.catalogue.num_samples.tolist())]
+        self._starts = np.concatenate([[0], np.cumsum(self.catalogue.num_samples)])
         self._open: OrderedDict[int, Shard] = OrderedDict()
-        self._epoch: tuple[int, np.ndarray, list[int]] = (-1, np.empty(0), [])
+        self._epoch: tuple[int, np.ndarray, np.ndarray] = (-1, np.empty(0), np.empty(0))
         self._window: tuple[tuple[int, int], np.ndarray] = ((-1, -1), np.empty(0))
 
     @property
@@ -126,23 +123,27 @@ class ShardSet:
     def __len__(self) -> int:
         return self.header.num_samples
 
-    def place(self, number: int) -> int:
-        """Which sample of the set is the `number`-th that is drawn, counted over all epochs."""
-        epoch, drawn = divmod(int(number), len(self))
-        order, ends = self._order(epoch)
-        window = bisect_right(ends, drawn)
-        first = ends[window - 1] if window else 0
-        if self._window[0] != (epoch, window):
-            self._window = ((epoch, window), self._shuffled(epoch, window, order=order))
-        return int(self._window[1][drawn - first])
+    def places(self, numbers: np.ndarray) -> np.ndarray:
+        """Which samples of the set are the `numbers`-th that are drawn, counted over all epochs `[D]` int64."""
+        found = np.empty(len(numbers), dtype=np.int64)
+        epochs, drawn = np.divmod(numbers, len(self))
+        for epoch in np.unique(epochs).tolist():
+            order, ends = self._order(epoch)
+            windows = np.where(epochs == epoch, np.searchsorted(ends, drawn, side="right"), -1)
+            for window in np.unique(windows[windows >= 0]).tolist():
+                mine, first = windows == window, ends[window - 1] if window else 0
+                if self._window[0] != (epoch, window):
+                    self._window = ((epoch, window), self._shuffled(epoch, window, order=order))
+                found[mine] = self._window[1][drawn[mine] - first]
+        return found
 
-    def _order(self, epoch: int) -> tuple[np.ndarray, list[int]]:
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(the shards of an epoch in order, how many samples are drawn by the end of each window)."""
         if self._epoch[0] != epoch:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self.catalogue.names))
             ends = np.cumsum(self.catalogue.num_samples[order])
             last = np.arange(self.shuffle_shards, len(order) + self.shuffle_shards, self.shuffle_shards) - 1
-            self._epoch = (epoch, order, ends[np.minimum(last, len(order) - 1)].tolist())
+            self._epoch = (epoch, order, ends[np.minimum(last, len(order) - 1)])
         return self._epoch[1:]
 
     def _shuffled(self, epoch: int, window: int, *, order: np.ndarray) -> np.ndarray:
@@ -156,10 +157,13 @@ class ShardSet:
         shard, within = self._find(index)
         return f"{self.catalogue.names[shard]}:{within}"
 
-    def length(self, index: int) -> int:
-        """Frames of sample `index`, without reading it."""
-        shard, within = self._find(index)
-        return self._shard(shard).length(within)
+    def lengths(self, indexes: np.ndarray) -> np.ndarray:
+        """Frames of samples, without reading them `[D]` int64."""
+        shards, found = np.searchsorted(self._starts, indexes, side="right") - 1, np.empty(len(indexes), dtype=np.int64)
+        for shard in np.unique(shards).tolist():
+            mine = shards == shard
+            found[mine] = self._shard(shard).lengths(indexes[mine] - self._starts[shard])
+        return found
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Sample `index` `[S, T]`. Raises DamagedSampleError if it is not whole."""
@@ -168,8 +172,8 @@ class ShardSet:
 
     def _find(self, index: int) -> tuple[int, int]:
         """(shard, sample within it)."""
-        shard = bisect_right(self._starts, index) - 1
-        return shard, index - self._starts[shard]
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return shard, int(index - self._starts[shard])
 
     def _shard(self, place: int) -> Shard:
         """Kept open, until others were wanted more lately."""

@@ -208,9 +208,9 @@ class Shard:
     def __len__(self) -> int:
         return self.header.num_samples
 
-    def length(self, index: int) -> int:
-        """Frames of sample `index`, without reading it."""
-        return int(self._index.sequence_lengths[index]) // len(self.header.cardinalities)
+    def lengths(self, indexes: np.ndarray) -> np.ndarray:
+        """Frames of samples `indexes`, without reading them."""
+        return self._index.sequence_lengths[indexes] // len(self.header.cardinalities)
 
     def __getitem__(self, index: int) -> np.ndarray:
         size = int(self._index.sequence_lengths[index]) * np.dtype(self.header.token_type).itemsize
