@@ -1,6 +1,6 @@
 """Manifests to shards: `python tools/prepare_data.py CONFIG.toml TRAIN.jsonl VALID.jsonl [section.field=value ...]`.
 
-Reads NeMo JSONL (see megaspeech/preparation/manifest.py), decodes with DALI, and writes `data.directory`/train and
+Reads NeMo JSONL (megaspeech/preparation/manifests/nemo.py), decodes with DALI, and writes `data.directory`/train and
 /valid, one shard a task. What is missing is made from the training manifest first: the `spectral` codec is fitted and
 saved in `codec.path`, the tokenizer trained and saved in `data.tokenizer`. What is there is kept, so a killed run goes
 on.
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
 def _prepare(config, *, train: Path, valid: Path) -> None:
     from megaspeech.codecs.registry import load_codec
     from megaspeech.data.tokenizer import Tokenizer
-    from megaspeech.preparation.manifest import read_manifest
+    from megaspeech.preparation.manifests.nemo import read_manifest
 
     manifests = {"train": read_manifest(train), "valid": read_manifest(valid)}
     if not (Path(config.codec.path) / "codec.json").is_file():
@@ -82,7 +82,8 @@ def _train_tokenizer(config, utterances) -> None:
     from megaspeech.data.tokenizer import train_tokenizer
 
     texts = [utterance.text for utterance in utterances]
-    tokenizer = train_tokenizer(texts, vocabulary_size=config.streams.text_cardinality)
+    languages = {utterance.task.target for utterance in utterances}
+    tokenizer = train_tokenizer(texts, vocabulary_size=config.streams.text_cardinality, languages=languages)
     path = Path(config.data.tokenizer)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(tokenizer.model)

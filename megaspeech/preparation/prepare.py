@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +19,9 @@ import torch
 from megaspeech.codecs.protocol import Codec
 from megaspeech.config import Config
 from megaspeech.config.schema import StreamsSection
-from megaspeech.data.shards import FORMAT, ShardHeader, write_shard
-from megaspeech.data.tasks import Timing, lay_out, text_stream
+from megaspeech.data.shards import ShardHeader, write_shard
 from megaspeech.data.tokenizer import Tokenizer
+from megaspeech.preparation.compose import compose, shard_header
 from megaspeech.preparation.decode import Rejection, decode_files
 from megaspeech.preparation.utterance import Recording, Utterance
 
@@ -64,7 +64,7 @@ def prepare_shards(
     for utterance in utterances:
         faults = {one.path: unreadable[one] for one in utterance.recordings if one in unreadable}
         if not faults:
-            sample = compose(utterance, codes, config=config, codec=codec, tokenizer=tokenizer)
+            sample = compose(utterance, codes, config=config, codec=codec, tokenizer=tokenizer).codes_ST
             if sample.shape[1] <= config.data.num_frames:
                 samples[utterance.task.key].append(sample)
                 continue
@@ -75,8 +75,10 @@ def prepare_shards(
     if not samples:
         reasons = sorted({line["reason"] for line in rejected})
         raise ValueError(f"{directory}: no sample is left; the reasons: {reasons[:3]}")
-    header = _header(config, codec=codec, tokenizer=tokenizer)
-    headers = {key: write_shard(aside / key, rows, header=header(key)) for key, rows in samples.items()}
+    headers = {}
+    for key, rows in samples.items():
+        header = shard_header(key, config=config, codec=codec, tokenizer=tokenizer)
+        headers[key] = write_shard(aside / key, rows, header=header)
     with (aside / "rejected.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in rejected)
     shutil.rmtree(directory, ignore_errors=True)
@@ -122,57 +124,9 @@ def encode_recordings(
     return codes, rejected
 
 
-def compose(
-    utterance: Utterance, codes: Mapping[Recording, np.ndarray], *, config: Config, codec: Codec, tokenizer: Tokenizer
-) -> np.ndarray:
-    """The sample `[S, T]` of one manifest line, from the codes `[Q, T]` of its recordings."""
-    task, timing = utterance.task, timing_of(config)
-    frames = [
-        timing.text_frame(task, start=word.start, end=word.end, frame_rate=codec.frame_rate) for word in utterance.words
-    ]
-    pieces = tokenizer.encode_words(utterance.text.split(), told=not task.hears)
-    words = list(zip(frames, pieces, strict=True))
-    # One frame of PAD after the last word, so that a model learns to fall silent.
-    length = words[-1][0] + len(words[-1][1]) + 1
-    text = text_stream(words, prompt=tokenizer.encode_prompt(task), num_frames=length, streams=config.streams)
-    return lay_out(
-        task,
-        text=text,
-        heard=None if utterance.heard is None else codes[utterance.heard],
-        spoken=None if utterance.spoken is None else codes[utterance.spoken],
-        silence=codec.silence_codes.numpy(),
-        timing=timing,
-        streams=config.streams,
-    )
-
-
-def timing_of(config: Config) -> Timing:
-    """The delays of `[data]`."""
-    return Timing(task_delay=config.data.task_delay, speech_lead=config.data.speech_lead)
-
-
 def recordings_of(utterances: Iterable[Utterance]) -> list[Recording]:
     """Every recording once, in order: many samples share one."""
     return list(dict.fromkeys(one for utterance in utterances for one in utterance.recordings))
-
-
-def _header(config: Config, *, codec: Codec, tokenizer: Tokenizer) -> Callable[[str], ShardHeader]:
-    def header(task: str) -> ShardHeader:
-        return ShardHeader(
-            format=FORMAT,
-            task=task,
-            codec=codec.name,
-            codec_fingerprint=codec.fingerprint,
-            tokenizer_fingerprint=tokenizer.fingerprint,
-            frame_rate=codec.frame_rate,
-            cardinalities=config.streams.cardinalities,
-            num_codebooks=config.streams.num_codebooks,
-            silence=tuple(codec.silence_codes.tolist()),
-            task_delay=config.data.task_delay,
-            speech_lead=config.data.speech_lead,
-        )
-
-    return header
 
 
 def _encode(items: Sequence[tuple[Recording, np.ndarray]], *, codec: Codec) -> Iterator[tuple[Recording, np.ndarray]]:

@@ -48,7 +48,8 @@ class Utterance:
         task: what is asked, with its languages.
         text: what is written, in the target language.
         words: `text` in time, in order. The times are those of what is heard where the task does not speak (of the
-            source word), and of what is said where it does.
+            source word), and of what is said where it does. Empty where neither times nor the audio's length are
+            known: then the text is spread over the whole.
         heard: what the model hears, for a task that hears.
         spoken: what it says, for a task that speaks, on the clock of `heard`.
         speaker: who is heard, or for `tts` said; empty if not known.

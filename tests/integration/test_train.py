@@ -232,7 +232,7 @@ def test_shards_of_another_codec_are_refused(home: Path) -> None:
 
 
 def test_shards_of_another_tokenizer_are_refused(home: Path) -> None:
-    tokenizer = train_tokenizer(["zero one two three four five six seven"], vocabulary_size=48)
+    tokenizer = train_tokenizer(["zero one two three four five six seven"], vocabulary_size=48, languages=["en"])
     (home / "tokenizer.model").write_bytes(tokenizer.model)
     finished = train(*_arguments(home, run="foreign"), f"data.tokenizer={home}/tokenizer.model")
     _assert_one_message(finished, "train/asr-en", "their tokenizer_fingerprint is none", tokenizer.fingerprint)

@@ -22,7 +22,8 @@ from megaspeech.data.samples import ShardSamples  # noqa: E402
 from megaspeech.data.shards import Shard  # noqa: E402
 from megaspeech.data.tasks import Task  # noqa: E402
 from megaspeech.data.tokenizer import Tokenizer, train_tokenizer  # noqa: E402
-from megaspeech.preparation.prepare import compose, encode_recordings, prepare_shards  # noqa: E402
+from megaspeech.preparation.compose import compose  # noqa: E402
+from megaspeech.preparation.prepare import encode_recordings, prepare_shards  # noqa: E402
 from megaspeech.preparation.utterance import Recording, Utterance, Word  # noqa: E402
 
 RATE, FRAME = 16000, 1280
@@ -47,7 +48,7 @@ def codec() -> SpectralCodec:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train_tokenizer([" ".join(DIGITS[i:] + DIGITS[:i]) for i in range(10)], vocabulary_size=48)
+    return train_tokenizer([" ".join(DIGITS[i:] + DIGITS[:i]) for i in range(10)], vocabulary_size=48, languages=["en"])
 
 
 @pytest.fixture
@@ -128,7 +129,7 @@ def test_samples_hold_the_codes_of_their_recordings(
     row = utterance(path, text="three seven", ends=(0.45, 0.9))
     codes, rejected = encode_recordings([Recording(path)], codec=codec)
     assert not rejected and np.array_equal(codes[Recording(path)], expected) and expected.shape == (4, 13)
-    sample_ST = compose(row, codes, config=config, codec=codec, tokenizer=tokenizer)
+    sample_ST = compose(row, codes, config=config, codec=codec, tokenizer=tokenizer).codes_ST
     assert np.array_equal(sample_ST[5:, 2:15], expected)  # heard
     assert (sample_ST[1:5] == codec.silence_codes.numpy()[:, None]).all()
     text = sample_ST[0]
@@ -140,7 +141,7 @@ def test_samples_hold_the_codes_of_their_recordings(
     assert text[-1] == 3  # one frame of PAD at least, to learn to fall silent
 
     row = replace(row, task=TTS, heard=None, spoken=row.heard)
-    spoken_ST = compose(row, codes, config=config, codec=codec, tokenizer=tokenizer)
+    spoken_ST = compose(row, codes, config=config, codec=codec, tokenizer=tokenizer).codes_ST
     origin = 2 + 1 + config.data.speech_lead
     assert np.array_equal(spoken_ST[1:5, origin : origin + 13], expected) and (spoken_ST[5:] == -1).all()
     end = tokenizer.processor.eos_id()

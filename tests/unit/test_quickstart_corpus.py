@@ -21,7 +21,7 @@ from script import BODIES, ENGLISH, JAPANESE, KANA, OWN_VOICE, VARIANTS, CorpusS
 from variants import DRAWN, drawn_variant  # noqa: E402
 from voices import SAMPLE_RATE, Voice, speak  # noqa: E402
 
-from megaspeech.preparation.manifest import read_manifest  # noqa: E402
+from megaspeech.preparation.manifests.nemo import read_manifest  # noqa: E402
 
 SMALL = CorpusSettings(heard=8, own=4, pairs=4, valid=2, test_heard=6, test_own_en=4, test_own_ja=2, test_pairs=3)
 SPLITS = ("train", "valid", "test")
