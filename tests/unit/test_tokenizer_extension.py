@@ -99,10 +99,10 @@ def test_pieces_of_another_language(kind: str) -> None:
 
 
 def test_bpe_first_merges_what_it_merged_before() -> None:
-    others = ["estuary hotel thesis shell theft heathen", "onto bender toes orbit sheath", "these shells"] * 4
-    model, donor = (trained(texts, model_type="bpe", vocab_size=75, pad_id=3) for texts in (ENGLISH, others))
+    texts, others = ["abab abab cc", "ab cab ab"] * 4, ["bca bca aca", "aca bca"] * 4
+    model, donor = (trained(lines, model_type="bpe", vocab_size=14, pad_id=3) for lines in (texts, others))
     plain, after = Tokenizer(model), extend_tokenizer(model, languages=["en"], donor=donor)
-    for text in (*ENGLISH, *others):
+    for text in (*texts, *others, "cac"):  # of which one makes "c" the beginning of a word, the other "ca" a piece
         old, new = (
             set(itertools.accumulate(map(len, tokenizer.processor.encode(text, out_type=str))))
             for tokenizer in (plain, after)
