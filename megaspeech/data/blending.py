@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,9 @@ from megatron.core.datasets.blended_dataset import BlendedDataset
 
 from megaspeech.config import Config
 from megaspeech.data.shard_set import CATALOGUE, Catalogue
+
+# It warns wherever nobody wants its index on disk.
+logging.getLogger("megatron.core.datasets.blended_dataset").setLevel(logging.ERROR)
 
 PERIOD = 1 << 20
 """Draws after which the order of the sets repeats (never that of their samples): a run of 10^9 draws needs no index of

@@ -6,6 +6,7 @@ its own samples, and a sample that cannot be read changes the shape of nothing.
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from megaspeech.config import Config
 from megaspeech.data.batch import Batch, collate_step, pack_rows
 from megaspeech.data.blending import Blend, find_sets, mixture_of, shares_of
 from megaspeech.data.samples import ShardSamples
+from megaspeech.data.storage import shards_directory
 
 
 class _Draw(NamedTuple):
@@ -39,9 +41,11 @@ class TrainBatches:
     """
 
     def __init__(self, config: Config, *, dp_rank: int, dp_size: int) -> None:
-        directory, training = Path(config.data.directory) / "train", config.training
+        training = config.training
+        directory = shards_directory(config.data, "train", names=mixture_of(config))
         self.config, self.dp_rank, self.dp_size = config, dp_rank, dp_size
         self.shares = shares_of(config, directory)
+        _allow_open_files(2 * config.data.shuffle_shards * len(self.shares))
         self.samples = {name: ShardSamples(directory, name=name, config=config) for name in self.shares}
         self.num_draws = training.train_steps * training.global_batch_size
         self._blend = Blend(self.samples, shares=self.shares, num_draws=self.num_draws)
@@ -87,6 +91,15 @@ class TrainBatches:
         return _Draw(samples, number, samples.place(number))
 
 
+def _allow_open_files(count: int) -> None:
+    """Shells allow a process 1,024 of them unless it asks for more, which it may up to the hard limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = soft + count
+    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+
+
 def _group(lengths: Sequence[int], *, config: Config, dp_size: int) -> list[list[int]]:
     """Numbers of the samples of each microbatch of all ranks, from samples of `lengths` frames."""
     if config.data.pack:
@@ -115,7 +128,7 @@ def valid_batches(config: Config, *, dp_rank: int, dp_size: int) -> Mapping[str,
     """
     whole = config.loss.model_copy(update={"silence_fraction": 1.0, "speech_fraction": 1.0})
     config = config.model_copy(update={"loss": whole})
-    directory, batches = Path(config.data.directory) / "valid", {}
+    directory, batches = shards_directory(config.data, "valid", names=mixture_of(config)), {}
     for name in _valid_sets(config, directory):
         samples = ShardSamples(directory, name=name, config=config)
         groups = _group(list(map(samples.length, range(len(samples.shards)))), config=config, dp_size=dp_size)

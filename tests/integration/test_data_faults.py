@@ -88,7 +88,7 @@ def test_killed_worker_costs_nothing(home: Path, straight: list[dict]) -> None:
 
 def test_flipped_bit_costs_one_sample(home: Path) -> None:
     """On two ranks that read the same batches: said once, though both find it, and at every epoch again."""
-    path = _copy_of_shards(home, name="flipped") / "train" / "tts-en.bin"
+    path = _copy_of_shards(home, name="flipped") / "train" / "tts-en" / "000000.bin"
     content = bytearray(path.read_bytes())
     content[0] ^= 1
     path.write_bytes(content)
