@@ -210,9 +210,10 @@ class Parts:
     spoken: np.ndarray | None
 
 
-def take_apart(codes_ST: np.ndarray, *, task: Task, timing: Timing, streams: StreamsSection) -> Parts:
-    """The inverse of `lay_out`. How long the audio was a sample does not say: silence goes on after it."""
-    origin, own = timing.speech_origin(task), slice(1, 1 + streams.num_codebooks)
+def take_apart(codes_ST: np.ndarray, *, task: Task, timing: Timing, num_codebooks: int) -> Parts:
+    """The inverse of `lay_out`, where each party has up to `num_codebooks` codebooks. How long the audio was a sample
+    does not say: silence goes on after it."""
+    origin, own = timing.speech_origin(task), slice(1, 1 + num_codebooks)
     return Parts(
         prompt=tuple(codes_ST[0, :PROMPT_FRAMES].tolist()),
         text=codes_ST[0, PROMPT_FRAMES:],

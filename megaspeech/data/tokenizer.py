@@ -123,10 +123,9 @@ class Tokenizer:
         return words
 
     def _word(self, pieces: Sequence) -> SpelledWord:
-        known = tuple(piece.id for piece in pieces if piece.id != self.processor.unk_id())
-        # `surface` is the text that a piece stands for: that of the bytes of one character is with the last of them.
-        characters = sum(len(piece.surface.replace(" ", "")) for piece in pieces)
-        return SpelledWord(known, characters, num_unknown=len(pieces) - len(known))
+        known = [piece for piece in pieces if piece.id != self.processor.unk_id()]
+        ids = tuple(piece.id for piece in known) if _num_characters(known) else ()  # not the mark of a space alone
+        return SpelledWord(ids, _num_characters(pieces), num_unknown=len(pieces) - len(known))
 
     def _end_id(self) -> int:
         end = self.processor.eos_id()
@@ -177,6 +176,11 @@ class Tokenizer:
                 )
         for task in tasks:
             self.encode_prompt(task)
+
+
+def _num_characters(pieces: Sequence) -> int:
+    """Of the text that they stand for, spaces left out; of the bytes of one character the last stands for it."""
+    return sum(len(piece.surface.replace(" ", "")) for piece in pieces)
 
 
 def clean(text: str) -> str:

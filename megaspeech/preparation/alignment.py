@@ -122,5 +122,6 @@ class _Clock:
 
     def _time(self, place: int, phrase: int) -> float:
         first, last, word = self._firsts[phrase], self._firsts[phrase + 1], self._words[phrase]
-        share = (place - first) / (last - first)
-        return word.start * (1 - share) + word.end * share  # which gives the ends exactly
+        if place == last:  # to the bit, so that a word's own times give its own frame
+            return word.end
+        return min(word.end, word.start + (word.end - word.start) * (place - first) / (last - first))
