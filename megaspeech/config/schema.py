@@ -107,10 +107,11 @@ class LossSection(Section):
 
 
 class CodecSection(Section):
-    """Which codec the codes come from. The trainer refuses shards written with another."""
+    """Which codec the codes come from, `streams.num_codebooks` of them. The trainer refuses shards of another."""
 
-    name: str = "spectral"
+    name: Literal["spectral", "mimi", "encodec", "dac", "wavtokenizer"] = "spectral"
     path: str = ""
+    """Its folder; for all but "spectral" also its name in the Hugging Face cache, such as "kyutai/mimi"."""
 
 
 class DataSection(Section):

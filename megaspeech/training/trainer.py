@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megaspeech.checkpoint.origin import StreamManifest
 from megaspeech.checkpoint.store import CheckpointStore
-from megaspeech.codecs.registry import load_codec
+from megaspeech.codecs.registry import codec_of
 from megaspeech.config import Config, write_config
 from megaspeech.data.batch import Batch
 from megaspeech.data.loading import StepBatches
@@ -62,7 +62,7 @@ class Trainer:
         self.config, self.grid, self.signals, self.watchdog = config, grid, signals, watchdog
         self.batches = TrainBatches(config, dp_rank=grid.dp_rank, dp_size=grid.dp_size)
         self.valid = valid_batches(config, dp_rank=grid.dp_rank, dp_size=grid.dp_size)
-        self.codec = load_codec(config.codec.path) if config.codec.path else None
+        self.codec = codec_of(config)
         self._check_shards()
         self.wrapped = wrap(config, num_chunks=grid.num_chunks, build=self._build, initialise=self._initialise)
         header = next(iter(self.batches.samples.values())).shards.header
