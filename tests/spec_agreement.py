@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megaspeech.checkpoint.state import metadata
 from megaspeech.config import Config
-from megaspeech.data.mixture import depth_frames
+from megaspeech.data.batch import depth_frames
 from megaspeech.model.speech_text_model import SpeechTextModel
 from megaspeech.parallel.wrap import Wrapped, wrap
 

@@ -3,9 +3,9 @@
     python examples/quickstart/corpus.py OUT_DIR [key=value ...]        keys: see CorpusSettings in script.py
 
 writes OUT_DIR/wav/*.wav (16 kHz, 16 bit), train.jsonl, valid.jsonl, test.jsonl (NeMo JSONL, see
-megaspeech/preparation/manifest.py) and, as the proof that all is there, corpus.json. What to say is drawn in script.py
-and made here by a few processes, each with clips and an order of its own, so that a seed gives the same samples
-again.
+megaspeech/preparation/manifests/nemo.py) and, as the proof that all is there, corpus.json. What to say is drawn in
+script.py and made here by a few processes, each with clips and an order of its own, so that a seed gives the same
+samples again.
 """
 
 import dataclasses

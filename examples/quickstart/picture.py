@@ -16,8 +16,8 @@ from matplotlib import pyplot as plt  # noqa: E402
 from megaspeech.codecs.protocol import Codec  # noqa: E402
 from megaspeech.data.tasks import Timing  # noqa: E402
 from megaspeech.data.tokenizer import Tokenizer  # noqa: E402
+from megaspeech.data.transcript import written_words  # noqa: E402
 from megaspeech.streaming.evaluation import Evaluated  # noqa: E402
-from megaspeech.streaming.transcript import written_words  # noqa: E402
 
 
 def draw(

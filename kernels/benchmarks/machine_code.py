@@ -39,7 +39,7 @@ def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 def _stream_embedding(model: ModelShape, num_frames: int) -> None:
     streams = len(model.cardinalities)
     codes = _empty(SAMPLES, streams, num_frames // SAMPLES, dtype=torch.int64)
-    lookup = stream_embedding.Lookup(codes, *(_empty(streams, dtype=torch.int64) for _ in range(3)), None, 0)
+    lookup = stream_embedding.Lookup(codes, *(_empty(streams, dtype=torch.int64) for _ in range(3)), None, None, 0)
     table = _empty(model.num_rows, model.hidden_size)
     grad = stream_embedding.launch_forward(lookup, table, batch_first=False)
     for target, add, atomic in ((table, False, False), (table.float(), True, False), (table.float(), True, True)):
@@ -49,7 +49,7 @@ def _stream_embedding(model: ModelShape, num_frames: int) -> None:
 def _packed_embedding(model: ModelShape, num_frames: int) -> None:
     """The depth transformer's: every codebook's tokens a sample of one stream."""
     codes = _empty(model.num_codebooks, 1, num_frames, dtype=torch.int64)
-    lookup = stream_embedding.Lookup(codes, None, None, _empty(1, dtype=torch.int64), None, 0)
+    lookup = stream_embedding.Lookup(codes, None, None, _empty(1, dtype=torch.int64), None, None, 0)
     rows = model.text_cardinality + (model.num_codebooks - 1) * (model.cardinality + 1) + 1
     table = _empty(rows + -rows % 128, model.depth_hidden_size)
     grad = stream_embedding.launch_forward(lookup, table, batch_first=True)

@@ -1,6 +1,7 @@
 """`stream_embedding` by Triton: the interface of `reference.py`, with a deterministic gradient (or an atomic one).
 
-A lookup is (codes, delays, initial, offsets, frames, first_row): what names the row of every frame, sample and stream.
+A lookup is (codes, delays, initial, offsets, frames, starts, first_row): what names the row of every frame, sample and
+stream.
 Axes: B microbatch, S streams, T frames (of which t are wanted), H hidden, R rows of the table this rank holds.
 """
 
@@ -28,6 +29,7 @@ class Lookup(NamedTuple):
     initial: Tensor | None
     offsets: Tensor
     frames: Tensor | None
+    starts: Tensor | None
     first_row: int
 
     @property
@@ -43,7 +45,8 @@ class Lookup(NamedTuple):
     @property
     def pointers(self) -> tuple[Tensor, ...]:
         """The tensors beside the codes; where one is None, another that the kernel will not read."""
-        return tuple(self.offsets if x is None else x for x in (self.delays, self.initial, self.offsets, self.frames))
+        given = (self.delays, self.initial, self.offsets, self.frames, self.starts)
+        return tuple(self.offsets if x is None else x for x in given)
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -52,6 +55,7 @@ class Lookup(NamedTuple):
             "NUM_STREAMS": self.codes_BST.shape[1],
             "DELAYED": self.delays is not None,
             "SOME_FRAMES": self.frames is not None,
+            "PACKED": self.starts is not None,
         }
 
 
@@ -61,6 +65,8 @@ def launch_forward(lookup: Lookup, table_RH: Tensor, *, batch_first: bool) -> Te
     out = _empty_output(lookup, table_RH, batch_first=batch_first)
     launch(
         kernel.gather_kernel,
+        # Tokens are the fast axis, so that what runs at one time reads few columns of the table: a narrow strip of the
+        # audio rows, which recur, stays in the L2 cache.
         (lookup.num_tokens, triton.cdiv(width, BLOCK_H)),
         lookup.codes_BST,
         table_RH,
@@ -205,7 +211,7 @@ def _scatter_atomically(
     )
 
 
-_LOOKUP = "Tensor codes, Tensor? delays, Tensor? initial, Tensor offsets, Tensor? frames, int first_row"
+_LOOKUP = "Tensor codes, Tensor? delays, Tensor? initial, Tensor offsets, Tensor? frames, Tensor? starts, int first_row"
 
 
 @torch.library.custom_op(
@@ -213,13 +219,17 @@ _LOOKUP = "Tensor codes, Tensor? delays, Tensor? initial, Tensor offsets, Tensor
     mutates_args=(),
     schema=f"({_LOOKUP}, Tensor table, bool batch_first, bool atomic) -> Tensor",
 )
-def _embed(codes, delays, initial, offsets, frames, first_row, table, batch_first, atomic):
-    return launch_forward(Lookup(codes, delays, initial, offsets, frames, first_row), table, batch_first=batch_first)
+def _embed(codes, delays, initial, offsets, frames, starts, first_row, table, batch_first, atomic):
+    return launch_forward(
+        Lookup(codes, delays, initial, offsets, frames, starts, first_row), table, batch_first=batch_first
+    )
 
 
 @_embed.register_fake
-def _(codes, delays, initial, offsets, frames, first_row, table, batch_first, atomic):
-    return _empty_output(Lookup(codes, delays, initial, offsets, frames, first_row), table, batch_first=batch_first)
+def _(codes, delays, initial, offsets, frames, starts, first_row, table, batch_first, atomic):
+    return _empty_output(
+        Lookup(codes, delays, initial, offsets, frames, starts, first_row), table, batch_first=batch_first
+    )
 
 
 @torch.library.custom_op(
@@ -227,8 +237,8 @@ def _(codes, delays, initial, offsets, frames, first_row, table, batch_first, at
     mutates_args=(),
     schema=f"({_LOOKUP}, Tensor grad, int num_rows, bool batch_first, bool atomic) -> Tensor",
 )
-def _gradient(codes, delays, initial, offsets, frames, first_row, grad, num_rows, batch_first, atomic):
-    lookup = Lookup(codes, delays, initial, offsets, frames, first_row)
+def _gradient(codes, delays, initial, offsets, frames, starts, first_row, grad, num_rows, batch_first, atomic):
+    lookup = Lookup(codes, delays, initial, offsets, frames, starts, first_row)
     dtype = torch.float32 if atomic else grad.dtype
     target = torch.zeros(num_rows, grad.shape[2], dtype=dtype, device=grad.device)
     launch_backward(lookup, grad, target, batch_first=batch_first, add=False, atomic=atomic)
@@ -236,7 +246,7 @@ def _gradient(codes, delays, initial, offsets, frames, first_row, grad, num_rows
 
 
 @_gradient.register_fake
-def _(codes, delays, initial, offsets, frames, first_row, grad, num_rows, batch_first, atomic):
+def _(codes, delays, initial, offsets, frames, starts, first_row, grad, num_rows, batch_first, atomic):
     return grad.new_empty(num_rows, grad.shape[2])
 
 
@@ -245,8 +255,8 @@ def _(codes, delays, initial, offsets, frames, first_row, grad, num_rows, batch_
     mutates_args=("target",),
     schema=f"({_LOOKUP}, Tensor grad, Tensor(a!) target, bool batch_first, bool atomic) -> ()",
 )
-def _add_gradient(codes, delays, initial, offsets, frames, first_row, grad, target, batch_first, atomic):
-    lookup = Lookup(codes, delays, initial, offsets, frames, first_row)
+def _add_gradient(codes, delays, initial, offsets, frames, starts, first_row, grad, target, batch_first, atomic):
+    lookup = Lookup(codes, delays, initial, offsets, frames, starts, first_row)
     launch_backward(lookup, grad, target, batch_first=batch_first, add=True, atomic=atomic)
 
 
@@ -257,7 +267,7 @@ def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     table_gradient = None
-    if ctx.needs_input_grad[6]:
+    if ctx.needs_input_grad[7]:
         main_gradient = _main_gradient(ctx.table)
         if main_gradient is None:
             table_gradient = _gradient(*ctx.lookup, grad, ctx.table.shape[0], *ctx.options)
@@ -265,7 +275,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             _add_gradient(*ctx.lookup, grad, main_gradient, *ctx.options)
             ctx.table.grad_added_to_main_grad = True
             table_gradient = torch.empty_like(ctx.table)
-    return (None,) * 6 + (table_gradient, None, None)
+    return (None,) * 7 + (table_gradient, None, None)
 
 
 _embed.register_autograd(_backward, setup_context=_save)
@@ -293,6 +303,7 @@ def stream_embedding(
     offsets: Tensor,
     first_row: int = 0,
     frames: Tensor | None = None,
+    starts: Tensor | None = None,
     atomic: bool = False,
 ) -> Tensor:
     """The partial sum over streams of the rows that this rank holds; arguments are `reference.stream_embedding`'s.
@@ -300,10 +311,10 @@ def stream_embedding(
     `atomic`: add up the table's gradient in no fixed order. It is not the same from run to run.
     """
     require_device(codes_BST)
-    return _embed(codes_BST, delays, initial, offsets, frames, first_row, table_RH, False, atomic)
+    return _embed(codes_BST, delays, initial, offsets, frames, starts, first_row, table_RH, False, atomic)
 
 
 def packed_embedding(tokens_BST: Tensor, table_RH: Tensor, *, offsets: Tensor, first_row: int = 0) -> Tensor:
     """Sum over streams of `table[offsets[s] + tokens[..., s, t]]` `[B, T, H]`; -1 and foreign rows add nothing."""
     require_device(tokens_BST)
-    return _embed(tokens_BST, None, None, offsets, None, first_row, table_RH, True, False)
+    return _embed(tokens_BST, None, None, offsets, None, None, first_row, table_RH, True, False)

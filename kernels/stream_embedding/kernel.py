@@ -16,6 +16,7 @@ def table_rows(
     initial,
     offsets,
     frames,
+    starts,
     t,
     b,
     s,
@@ -27,14 +28,16 @@ def table_rows(
     stride_t,
     DELAYED: tl.constexpr,
     SOME_FRAMES: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     """(row of this rank's table, whether there is one) of streams `s` at frames `t` of samples `b`."""
     if SOME_FRAMES:
         t = tl.load(frames + t, mask=inside, other=0)
     known = inside
     if DELAYED:
+        start = tl.load(starts + t, mask=inside, other=0) if PACKED else 0
         t = t - 1 - tl.load(delays + s, mask=inside, other=0)
-        known = inside & (t >= 0)
+        known = inside & (t >= start)
     place = b.to(tl.int64) * stride_b + s * stride_s + t * stride_t
     token = tl.load(codes + place, mask=known, other=-1).to(tl.int64)
     if DELAYED:
@@ -52,6 +55,7 @@ def gather_kernel(
     initial,
     offsets,
     frames,
+    starts,
     first_row,
     num_rows,
     batch,
@@ -65,14 +69,11 @@ def gather_kernel(
     NUM_STREAMS: tl.constexpr,
     DELAYED: tl.constexpr,
     SOME_FRAMES: tl.constexpr,
+    PACKED: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """out[t, b] = sum_s table[row(t, b, s)], one program a token and block of columns.
-
-    Tokens are the fast axis of the grid, so that what runs at one time reads few columns of the table: a narrow strip
-    of the audio rows, which recur, stays in the L2 cache.
-    """
+    """out[t, b] = sum_s table[row(t, b, s)], one program a token and block of columns."""
     t, b = tl.program_id(0) // batch, tl.program_id(0) % batch
     column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     total = tl.zeros((BLOCK_H,), tl.float32)
@@ -84,6 +85,7 @@ def gather_kernel(
             initial,
             offsets,
             frames,
+            starts,
             t + tl.zeros_like(s),
             b + tl.zeros_like(s),
             s,
@@ -95,6 +97,7 @@ def gather_kernel(
             stride_t,
             DELAYED,
             SOME_FRAMES,
+            PACKED,
         )
         mask = mine[:, None] & (column < width)[None, :]
         values = tl.load(table + row[:, None] * table_stride + column[None, :], mask=mask, other=0.0)
@@ -111,6 +114,7 @@ def rows_kernel(
     initial,
     offsets,
     frames,
+    starts,
     first_row,
     num_rows,
     batch,
@@ -121,6 +125,7 @@ def rows_kernel(
     NUM_STREAMS: tl.constexpr,
     DELAYED: tl.constexpr,
     SOME_FRAMES: tl.constexpr,
+    PACKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The row of every entry; `num_rows`, which sorts last, where this rank has none."""
@@ -132,6 +137,7 @@ def rows_kernel(
         initial,
         offsets,
         frames,
+        starts,
         token // batch,
         token % batch,
         entry % NUM_STREAMS,
@@ -143,6 +149,7 @@ def rows_kernel(
         stride_t,
         DELAYED,
         SOME_FRAMES,
+        PACKED,
     )
     tl.store(rows + entry, tl.where(mine, row, num_rows).to(tl.int32), mask=entry < num_entries)
 

@@ -14,8 +14,14 @@ import torch
 from torch import Tensor
 
 
-def delayed_codes(codes_BST: Tensor, *, shifts: Tensor, fill: Tensor) -> Tensor:
+def delayed_codes(codes_BST: Tensor, *, shifts: Tensor, fill: Tensor, starts_T: Tensor | None = None) -> Tensor:
     """Every stream of `codes_BST` moved right by `shifts` `[S]` frames, with `fill` `[S]` moved in.
+
+    Args:
+        codes_BST: integer tokens, or what else goes with them.
+        shifts, fill: by stream.
+        starts_T: where rows are packed, the first frame of the sample that each frame is of: nothing moves into a
+            sample from the one before.
 
     Returns:
         `[B, S, T]`, the last `shifts[s]` frames of stream s fallen off.
@@ -23,7 +29,8 @@ def delayed_codes(codes_BST: Tensor, *, shifts: Tensor, fill: Tensor) -> Tensor:
     frames = torch.arange(codes_BST.shape[-1], device=codes_BST.device)
     source_ST = frames[None, :] - shifts[:, None]
     gathered = codes_BST.gather(-1, source_ST.clamp(min=0).expand_as(codes_BST))
-    return torch.where(source_ST >= 0, gathered, fill[:, None].to(gathered.dtype))
+    known_ST = source_ST >= (0 if starts_T is None else starts_T)
+    return torch.where(known_ST, gathered, fill[:, None].to(gathered.dtype))
 
 
 def stream_embedding(
@@ -35,6 +42,7 @@ def stream_embedding(
     offsets: Tensor,
     first_row: int = 0,
     frames: Tensor | None = None,
+    starts: Tensor | None = None,
     atomic: bool = False,
 ) -> Tensor:
     """The partial sum over streams of the rows that this rank holds.
@@ -47,12 +55,14 @@ def stream_embedding(
         offsets: the stream's first row in the whole table `[S]`.
         first_row: row range of this rank.
         frames: which frames are wanted, where a context parallel rank holds some of them only; None for all.
+        starts: where rows are packed, the first frame of the sample that each frame is of `[T]`; None where each row is
+            one sample.
         atomic: whether the table's gradient may be summed in any order; torch sums in an order of its own.
 
     Returns:
         `[T, B, H]` of the frames wanted; summed over the ranks that share the table it is the embedding.
     """
-    tokens_BST = delayed_codes(codes_BST, shifts=delays + 1, fill=initial)
+    tokens_BST = delayed_codes(codes_BST, shifts=delays + 1, fill=initial, starts_T=starts)
     if frames is not None:
         tokens_BST = tokens_BST[..., frames]
     return packed_embedding(tokens_BST, table_RH, offsets=offsets, first_row=first_row).transpose(0, 1).contiguous()

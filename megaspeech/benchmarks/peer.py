@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from megaspeech.checkpoint.moshi import moshi_config
 from megaspeech.config import Config
-from megaspeech.data.mixture import Batch
+from megaspeech.data.batch import Batch
 from megaspeech.model.temporal import DTYPES
 from megaspeech.streaming.runtime import import_moshi
 

@@ -17,8 +17,9 @@ from megaspeech.benchmarks.case import MOSHI, WARM_UP, Case
 from megaspeech.benchmarks.parts import PartTimes
 from megaspeech.benchmarks.peer import MoshiPeer
 from megaspeech.config import Config
+from megaspeech.data.batch import Batch
 from megaspeech.data.loading import StepBatches
-from megaspeech.data.mixture import Batch, TrainBatches
+from megaspeech.data.mixture import TrainBatches
 from megaspeech.parallel import groups
 from megaspeech.training.one_run import trainer_of
 from megaspeech.training.trainer import Trainer

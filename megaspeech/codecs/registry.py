@@ -1,29 +1,46 @@
-"""Opens a saved codec: ``codec.json`` names the class, the class reads the rest."""
+"""Opens a codec by its name; a kind of codec is imported when it is first asked for."""
 
-import json
-from collections.abc import Callable
+import importlib
 from pathlib import Path
 
 from megaspeech.codecs.protocol import Codec
-from megaspeech.codecs.spectral import CODEC_FILE, SpectralCodec
+from megaspeech.config import Config
 
-LOADERS: dict[str, Callable[[Path], Codec]] = {SpectralCodec.name: SpectralCodec.load}
+LOADERS = {
+    "spectral": "megaspeech.codecs.spectral:SpectralCodec",
+    "mimi": "megaspeech.codecs.mimi:MimiCodec",
+    "encodec": "megaspeech.codecs.encodec:EncodecCodec",
+    "dac": "megaspeech.codecs.dac:DacCodec",
+    "wavtokenizer": "megaspeech.codecs.wavtokenizer:WavTokenizerCodec",
+}
 
 
-def load_codec(directory: str | Path) -> Codec:
-    """The codec saved in ``directory``.
+def load_codec(path: str | Path, *, name: str = "spectral", num_codebooks: int | None = None) -> Codec:
+    """The codec in a folder, on the CPU.
+
+    Args:
+        path: the folder; for codecs with published weights also their name in the Hugging Face cache, such as
+            ``kyutai/mimi``. Nothing is downloaded.
+        name: the kind of codec (``codec.name`` of a config).
+        num_codebooks: how many to use, the first ones (``streams.num_codebooks``); all if None. ``spectral`` has as
+            many as it was fitted with.
 
     Raises:
-        ValueError: ``codec.json`` is missing, unreadable, or names a codec that is not known, or the codec's own
-            loader refuses its tables.
+        ValueError: there is no codec of this name, its files are missing or damaged, or it has fewer codebooks.
+        ImportError: the package that reads it is not installed.
     """
-    path = Path(directory) / CODEC_FILE
-    try:
-        name = json.loads(path.read_text(encoding="utf-8"))["name"]
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file; fit a codec and save it there, or name its directory") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a codec description ({error!r}); save the codec again") from error
     if name not in LOADERS:
-        raise ValueError(f"{path}: name = {name!r} is no known codec; known: {', '.join(sorted(LOADERS))}")
-    return LOADERS[name](Path(directory))
+        raise ValueError(f"codec.name = {name!r} is no known codec; known: {', '.join(LOADERS)}")
+    module, kind = LOADERS[name].split(":")
+    return getattr(importlib.import_module(module), kind).load(path, num_codebooks=num_codebooks)
+
+
+def codec_of(config: Config) -> Codec | None:
+    """The codec that a config names, with as many codebooks as its model speaks; None without `codec.path`.
+
+    Raises:
+        ValueError, ImportError: as `load_codec`.
+    """
+    if not config.codec.path:
+        return None
+    return load_codec(config.codec.path, name=config.codec.name, num_codebooks=config.streams.num_codebooks)

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megaspeech.codecs.protocol import Codec
 from megaspeech.codecs.quantizer import dequantize, fit_codebooks, quantize
 from megaspeech.codecs.spectrogram import Framing, StreamingPhases, griffin_lim, invert_mel, magnitudes, mel_weights
 
@@ -90,10 +91,12 @@ class SpectralConfig:
         return Framing(window=self.window, hop=self.hop, hops=self.hops_per_frame)
 
 
-class SpectralCodec:
+class SpectralCodec(Codec):
     """Waveform to codes and back by a fitted mel spectrogram quantiser; see ``protocol.Codec``."""
 
     name = "spectral"
+    is_causal = can_stream = True
+    device = torch.device("cpu")
 
     def __init__(self, config: SpectralConfig, *, tables: dict[str, Tensor]) -> None:
         """From the tables of ``fit_tables``."""
@@ -118,9 +121,13 @@ class SpectralCodec:
         config = config or SpectralConfig()
         return cls(config, tables=fit_tables(waveforms, config=config))
 
+    def to(self, device: str | torch.device, *, dtype: torch.dtype = torch.float32) -> "SpectralCodec":
+        """Stays on the CPU in its own precision, in which the same sound has the same codes on every machine."""
+        return self
+
     def encode(self, waveforms_BN: Tensor) -> Tensor:
         """Waveforms ``[B, N]`` to codes ``[B, Q, T]`` int64, ``T = ceil(N / frame_size)``."""
-        contexts_BTC = self.framing.contexts(waveforms_BN)
+        contexts_BTC = self.framing.contexts(waveforms_BN.cpu())
         batch, frames, _ = contexts_BTC.shape
         rows = [self._encode_contexts(part) for part in contexts_BTC.flatten(0, 1).split(ROWS_AT_ONCE)]
         return torch.cat(rows).view(batch, frames, -1).transpose(1, 2).contiguous()
@@ -150,6 +157,7 @@ class SpectralCodec:
 
     def decode(self, codes_BQT: Tensor) -> Tensor:
         """Codes ``[B, Q, T]`` to waveforms ``[B, T * frame_size]`` float32, in time with the encoded ones."""
+        codes_BQT = codes_BQT.cpu()
         if codes_BQT.shape[-1] == 0:
             return torch.zeros(len(codes_BQT), 0)
         spectra, _ = self._magnitudes(codes_BQT, before_BD=self._silence(len(codes_BQT)))
@@ -186,8 +194,8 @@ class SpectralCodec:
         (directory / CODEC_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, directory: str | Path) -> "SpectralCodec":
-        """The codec that ``save`` wrote.
+    def load(cls, directory: str | Path, *, num_codebooks: int | None = None) -> "SpectralCodec":
+        """The codec that ``save`` wrote; ``num_codebooks`` was settled by ``fit``.
 
         Raises:
             ValueError: a file is missing or unreadable, it is another codec's, or the tables are not those that
@@ -202,9 +210,9 @@ class SpectralCodec:
             facts = json.loads(description.read_text(encoding="utf-8"))
             name, fingerprint, config = facts["name"], facts["fingerprint"], SpectralConfig(**facts["config"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{description}: not a spectral codec's description ({error!r}); {remedy}") from error
+            raise ValueError(f"{description}: not a codec's description ({error!r}); {remedy}") from error
         if name != cls.name:
-            raise ValueError(f"{description}: name = {name!r}, expected {cls.name!r}; open it with load_codec")
+            raise ValueError(f"{description}: name = {name!r}, expected {cls.name!r}; set codec.name to it")
         try:
             tables = load_file(tables_path)
         except Exception as error:  # safetensors has no common base that is exported

@@ -282,6 +282,11 @@ def _batch(sections: Mapping[str, Any], world_size: int | None) -> Iterator[str]
     training, parallel = sections["training"], sections["parallel"]
     tp, pp, cp = _sizes(parallel)
     dp = max(1, (world_size or 1) // (tp * pp * cp))
+    warmup = sections["optimizer"].lr_warmup_steps
+    if warmup >= training.train_steps:
+        yield f"optimizer.lr_warmup_steps: {warmup} leaves nothing of training.train_steps = {training.train_steps}"
+    if sections["data"].pack:  # rows are made to fit the layout
+        return
     if training.global_batch_size % (training.micro_batch_size * dp):
         yield (
             f"training.global_batch_size: {training.global_batch_size} is not divisible by micro_batch_size "
@@ -293,9 +298,21 @@ def _batch(sections: Mapping[str, Any], world_size: int | None) -> Iterator[str]
             f"training.global_batch_size: {microbatches} microbatches on each data parallel rank, which an interleaved "
             f"pipeline of {pp} stages does not divide; choose a multiple of {training.micro_batch_size * dp * pp}"
         )
-    warmup = sections["optimizer"].lr_warmup_steps
-    if warmup >= training.train_steps:
-        yield f"optimizer.lr_warmup_steps: {warmup} leaves nothing of training.train_steps = {training.train_steps}"
+
+
+def _packing(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
+    if not sections["data"].pack:
+        return
+    if sections["training"].micro_batch_size != 1:
+        yield (
+            f"training.micro_batch_size: {sections['training'].micro_batch_size}, but with data.pack a microbatch is "
+            "one row; set it to 1 and data.num_frames to the length of the row"
+        )
+    if sections["parallel"].context_parallel_size != 1:
+        yield (
+            "parallel.context_parallel_size: cuts long samples, where data.pack joins short ones; set one of them to "
+            "1 or false"
+        )
 
 
 def _streams(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
@@ -312,6 +329,6 @@ def _streams(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
 
 CHECKS = (
     *(_kernels, _graphs, _profile, _precision, _optimizer, _user_buffers, _layout),
-    *(_heads, _layers, _experts, _vocabulary, _batch, _streams, augmentation_faults),
+    *(_heads, _layers, _experts, _vocabulary, _batch, _packing, _streams, augmentation_faults),
 )
 """Each takes the sections and the world size, and yields the faults it finds."""

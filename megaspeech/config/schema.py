@@ -107,10 +107,11 @@ class LossSection(Section):
 
 
 class CodecSection(Section):
-    """Which codec the codes come from. The trainer refuses shards written with another."""
+    """Which codec the codes come from, `streams.num_codebooks` of them. The trainer refuses shards of another."""
 
-    name: str = "spectral"
+    name: Literal["spectral", "mimi", "encodec", "dac", "wavtokenizer"] = "spectral"
     path: str = ""
+    """Its folder; for all but "spectral" also its name in the Hugging Face cache, such as "kyutai/mimi"."""
 
 
 class DataSection(Section):
@@ -119,10 +120,20 @@ class DataSection(Section):
     directory: str = "shards"
     """Holds `train/NAME/` and `valid/NAME/`, sets of shards, for every NAME of the mixture."""
     mixture: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
-    """Weight of each set of shards, by name; weights need not sum to 1."""
+    """Weight of each set of shards, by name; weights need not sum to 1. Empty, the weights of `[[sources]]`."""
+    mixture_by: Literal["samples", "hours", "epochs"] = "samples"
+    """Of what a weight is a share: of the samples drawn, of the audio in them; or how often each sample is seen,
+    beside those of the other sets."""
+    mixture_temperature: float = Field(1.0, gt=0)
+    """Shares are raised to 1 / it: above 1, small sets are drawn more often."""
+    shuffle_shards: Positive = 32
+    """Shards whose samples are shuffled together; twice as many of a set are kept open."""
+    pack: bool = False
+    """Put samples one after the other in rows of at most `num_frames`, where none sees another, instead of side by
+    side; `micro_batch_size` is 1, and a step's samples are `global_batch_size` all the same."""
     tokenizer: str = "tokenizer.model"
     num_frames: Positive = 64
-    """Longest sample that is trained on. A microbatch is as long as its longest sample."""
+    """Longest sample that is trained on, and longest packed row. A microbatch is as long as its longest row."""
     length_multiple: Positive = 16
     """Lengths of microbatches are rounded up to it, to what the layout splits frames by, and to what FP8 products
     take on every rank."""

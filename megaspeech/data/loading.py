@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megaspeech.data.mixture import Batch
+from megaspeech.data.batch import Batch
 
 MAX_DEATHS = 3
 """Workers that may die in a row, without a batch between them, before the run stops."""

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from megaspeech.data.mixture import Batch
+from megaspeech.data.batch import Batch
 
 LARGEST_SHARE = 0.01
 ALWAYS_BORNE = 10

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,6 +63,11 @@ class ShardHeader:
             values = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"shard {prefix}: {path} is not JSON any more ({error}); {REMEDY}") from error
+        return cls.of(values, path=path)
+
+    @classmethod
+    def of(cls, values: dict[str, Any], *, path: Path) -> ShardHeader:
+        """From JSON read from `path`. Raises ValueError naming it where it is no header of this format."""
         missing = [field.name for field in fields(cls) if field.name not in values]
         if values.get("format") != FORMAT or missing:
             raise ValueError(
@@ -91,7 +97,7 @@ class ShardHeader:
                 raise ValueError(f"shard {prefix}: the bytes of {prefix}.{suffix} are not those written; {REMEDY}")
 
     def check_run(self, config: Config, *, prefix: str | Path) -> None:
-        """Raises ValueError naming the first difference between the shard and the run's streams and delays."""
+        """Raises ValueError naming the first difference between the shards and the run's streams and delays."""
         for section, name in (
             ("streams", "cardinalities"),
             ("streams", "num_codebooks"),
@@ -101,35 +107,34 @@ class ShardHeader:
             mine, theirs = getattr(getattr(config, section), name), getattr(self, name)
             if mine != theirs:
                 raise ValueError(
-                    f"shard {prefix}: its {name} is {theirs}, that of [{section}] {mine}; "
+                    f"shards {prefix}: their {name} is {theirs}, that of [{section}] {mine}; "
                     f"prepare the shards with this config, or train with the one they were made for"
                 )
 
 
 def check_origins(
-    prefixes: Sequence[str | Path], *, codec: tuple[str, str] | None, tokenizer: tuple[str, str] | None
+    headers: Mapping[str, ShardHeader], *, codec: tuple[str, str] | None, tokenizer: tuple[str, str] | None
 ) -> None:
     """See that shards that are trained on together were made with the run's codec and tokenizer, or at least with one.
 
     Args:
-        prefixes: of the shards.
+        headers: of the shards, or sets of them, by name for the message.
         codec, tokenizer: (name for the message, fingerprint) of the run's own; None where it has none to compare with.
 
     Raises:
-        ValueError: names the first shard that differs, what in, and both values.
+        ValueError: names the first one that differs, what in, and both values.
     """
-    headers = {str(prefix): ShardHeader.read(prefix) for prefix in prefixes}
     first, header = next(iter(headers.items()))
     expected: dict[str, tuple[str, object]] = {
-        "codec_fingerprint": codec or (f"shard {first}", header.codec_fingerprint),
-        "tokenizer_fingerprint": tokenizer or (f"shard {first}", header.tokenizer_fingerprint),
-        "frame_rate": (f"shard {first}", header.frame_rate),
+        "codec_fingerprint": codec or (f"shards {first}", header.codec_fingerprint),
+        "tokenizer_fingerprint": tokenizer or (f"shards {first}", header.tokenizer_fingerprint),
+        "frame_rate": (f"shards {first}", header.frame_rate),
     }
     for prefix, header in headers.items():
         for name, (whose, value) in expected.items():
             if getattr(header, name) != value:
                 raise ValueError(
-                    f"shard {prefix}: its {name} is {getattr(header, name)}, that of {whose} is {value}; "
+                    f"shards {prefix}: their {name} is {getattr(header, name)}, that of {whose} is {value}; "
                     f"prepare the shards again with one codec and tokenizer, or name those that they were made with"
                 )
 
@@ -190,7 +195,11 @@ class Shard:
         self.header.check_files(prefix)
         self._index = IndexedDataset(str(prefix), mmap=False).index
         self._checksums = np.memmap(f"{prefix}.xxh64", dtype=np.uint64, mode="r")
-        self._file = open(f"{prefix}.bin", "rb", buffering=0)  # noqa: SIM115 (closed with the shard)
+        self._file = open(f"{prefix}.bin", "rb", buffering=0)  # noqa: SIM115 (closed by close())
+
+    def close(self) -> None:
+        """Give back its file; nothing can be read any more."""
+        self._file.close()
 
     def __len__(self) -> int:
         return self.header.num_samples

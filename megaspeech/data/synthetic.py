@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from megaspeech.config.schema import StreamsSection
-from megaspeech.data.shards import FORMAT, ShardHeader, write_shard
+from megaspeech.data.shard_set import write_shard_set
+from megaspeech.data.shards import FORMAT, ShardHeader
 
 SILENCE = 7
 """The code of silence in every codebook of a synthetic shard."""
@@ -21,14 +22,14 @@ def write_synthetic_shards(
     num_frames: int = 16,
     shorter: int = 4,
 ) -> None:
-    """`train/` and `valid/` shards whose own codebooks follow from the heard ones, so that a loss can fall.
+    """`train/` and `valid/` sets of shards whose own codebooks follow from the heard ones, so that a loss can fall.
 
     The same arguments give the same shards, on any machine.
 
     Args:
         directory: what `data.directory` names; made if missing.
         streams: which rows a sample has, and how many tokens each.
-        names: task keys, one shard each of 40 samples for training and 6 for validation.
+        names: task keys, one set each of 40 samples for training and 6 for validation.
         num_frames: length of the longest sample.
         shorter: by how many frames the shortest is; with 0 all have `num_frames`.
     """
@@ -38,7 +39,7 @@ def write_synthetic_shards(
             samples = [
                 _sample(generator, streams=streams, num_frames=num_frames, shorter=shorter) for _ in range(count)
             ]
-            write_shard(directory / split / name, samples, header=synthetic_header(name, streams=streams))
+            write_shard_set(directory / split / name, samples, header=synthetic_header(name, streams=streams))
 
 
 def synthetic_header(name: str, *, streams: StreamsSection) -> ShardHeader:

@@ -1,19 +1,25 @@
 """What a sample of each task looks like: which words stand in the text stream, and at which frame.
 
 A sample begins with the prompt, one piece a frame: the task (`<asr>`) and the language of the answer (`<en>`). Then the
-heard audio starts (`asr`, `st`, `s2st`). The text stream follows Moshi's inner monologue (arXiv 2410.00037, section
-3.4.4): PAD everywhere, EPAD in the frame before a word, the word's pieces from its own frame on. Where a word stands:
+heard audio starts (`asr`, `st`, `s2st`, `s2s`). The text stream follows Moshi's inner monologue (arXiv 2410.00037,
+section 3.4.4): PAD everywhere, EPAD in the frame before a word, the word's pieces from its own frame on. Where a word
+stands:
 
 - `asr`, `st`: `task_delay` frames after the frame in which the heard word ends, so that a word is written once heard;
-- `tts`, `s2st`: `speech_lead` frames before the frame in which the model starts to say it. What `tts` is told to say
-  ends with end of sentence, right after the last word.
+- `tts`, `s2st`, `s2s`: `speech_lead` frames before the frame in which the model starts to say it. What `tts` is told to
+  say ends with end of sentence, right after the last word;
+- `text`: right after the prompt, one piece a frame and end of sentence after the last; there is no audio.
+
+`s2st` answers what it hears; in `s2s` (a conversation, as in Moshi) both parties may speak at any time: text and own
+codebooks are the model's party, the heard ones the other.
 
 Axes: Q codebooks, S streams (text, the model's own codebooks, the heard codebooks), T frames.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,9 +30,15 @@ ZERO_TOKEN = -1
 """No input and no loss: the embedding of this token is exactly zero."""
 
 PROMPT_FRAMES = 2
-TASKS = ("asr", "st", "tts", "s2st")
-LANGUAGES = ("en", "ja")
-PROMPT_SYMBOLS = tuple(f"<{word}>" for word in (*TASKS, *LANGUAGES))
+TASKS = ("asr", "st", "tts", "s2st", "s2s", "text")
+LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Z][A-Za-z]*)?")
+"""A code as in BCP 47: `en`, `yue`, `pt-BR`, `zh-Hant`. The capital tells `st-zh-Hant-en` from `st-zh-en`."""
+_KEY = re.compile(rf"({'|'.join(TASKS)})-({LANGUAGE.pattern})(?:-({LANGUAGE.pattern}))?")
+
+
+def prompt_symbols(languages: Iterable[str]) -> tuple[str, ...]:
+    """What a tokenizer needs for the prompts of every task in these languages."""
+    return tuple(f"<{word}>" for word in (*TASKS, *sorted(set(languages))))
 
 
 @dataclass(frozen=True)
@@ -41,8 +53,17 @@ class Task:
         if self.name not in TASKS:
             raise ValueError(f"taskname {self.name!r} is not one of {', '.join(TASKS)}")
         for language in (self.source, self.target):
-            if language not in LANGUAGES:
-                raise ValueError(f"language {language!r} is not one of {', '.join(LANGUAGES)}")
+            if not LANGUAGE.fullmatch(language):
+                raise ValueError(f"language {language!r} is no code such as 'en', 'yue' or 'pt-BR'")
+
+    @classmethod
+    def parse(cls, key: str) -> Task:
+        """The task that is written `key`, in the header of a shard. Raises ValueError where there is none."""
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise ValueError(f"{key!r} is no task such as 'asr-en' or 'st-ja-en'")
+        name, source, _, target, _ = match.groups()
+        return cls(name, source, target or source)
 
     @property
     def key(self) -> str:
@@ -59,12 +80,12 @@ class Task:
     @property
     def hears(self) -> bool:
         """True where the given streams hold speech."""
-        return self.name != "tts"
+        return self.name in ("asr", "st", "s2st", "s2s")
 
     @property
     def speaks(self) -> bool:
         """True where the predicted codebooks hold speech rather than silence."""
-        return self.name in ("tts", "s2st")
+        return self.name in ("tts", "s2st", "s2s")
 
 
 @dataclass(frozen=True)
@@ -81,13 +102,30 @@ class Timing:
     def speech_origin(self, task: Task) -> int:
         """The frame at which the clock of a task's audio starts: after the prompt; for `tts`, late enough for EPAD
         and the first word's text to come before its sound."""
-        return PROMPT_FRAMES if task.hears else PROMPT_FRAMES + 1 + self.speech_lead
+        return PROMPT_FRAMES + 1 + self.speech_lead if task.name == "tts" else PROMPT_FRAMES
 
     def text_frame(self, task: Task, *, start: float, end: float, frame_rate: float) -> int:
         """The frame of the text of a word that sounds from `start` to `end` seconds."""
-        if task.speaks:
-            return self.speech_origin(task) + int(start * frame_rate) - self.speech_lead
-        return self.speech_origin(task) + int(end * frame_rate) + self.task_delay
+        seconds = start if task.speaks else end
+        return self.speech_origin(task) + int(seconds * frame_rate) + self.text_shift(task)
+
+    def text_shift(self, task: Task) -> int:
+        """Frames from the sound of a word to its text; negative where the text comes first."""
+        return -self.speech_lead if task.speaks else self.task_delay
+
+
+def settle(words: Sequence[tuple[int, Sequence[int]]], *, first: int) -> list[int]:
+    """The frame that each word gets.
+
+    Args:
+        words: (wanted frame, piece ids) in order; a word whose frame is still taken moves right.
+        first: the first frame that is free.
+    """
+    frames = []
+    for wanted, pieces in words:
+        frames.append(max(wanted, first))
+        first = frames[-1] + len(pieces)
+    return frames
 
 
 def text_stream(
@@ -96,19 +134,17 @@ def text_stream(
     """The text tokens `[T]` int64 of a sample.
 
     Args:
-        words: (frame, piece ids) in order; a word whose frame is still taken moves right.
+        words: (frame, piece ids) in order; see `settle`.
         prompt: the prompt's piece ids, one for each of the first `PROMPT_FRAMES` frames.
         num_frames: least T; longer if the words need it.
         streams: names the PAD and EPAD ids.
     """
-    row, free = list(prompt), len(prompt)
-    for frame, pieces in words:
-        frame = max(frame, free)
+    row = list(prompt)
+    for frame, (_, pieces) in zip(settle(words, first=len(prompt)), words, strict=True):
         row.extend([streams.text_pad_id] * (frame - len(row)))
         if frame - 1 >= len(prompt) and row[frame - 1] == streams.text_pad_id:
             row[frame - 1] = streams.text_end_pad_id
         row.extend(pieces)
-        free = len(row)
     row.extend([streams.text_pad_id] * (num_frames - len(row)))
     return np.asarray(row, dtype=np.int64)
 
@@ -127,8 +163,9 @@ def lay_out(
 
     Args:
         task: says where the audio starts.
-        text: tokens of the text stream `[T]`; T grows where the audio is longer. Where the model hears, `task_delay`
-            frames of silence follow: a session goes on after what was said, and nothing more is to be answered.
+        text: tokens of the text stream `[T]`; T grows where the audio is longer. Where the model answers what it hears,
+            `task_delay` frames of silence follow: a session goes on, and nothing more is to be answered. A stretch of
+            a conversation (`s2s`) has no such end.
         heard: codes `[Q, T_heard]` of what the model hears, or None.
         spoken: codes `[Q, T_spoken]` of what the model says, or None.
         silence: the codec's codes for silence `[Q]`; what the model says, and hears, outside the audio.
@@ -140,15 +177,46 @@ def lay_out(
     """
     origin = timing.speech_origin(task)
     ends = [origin + codes.shape[1] for codes in (heard, spoken) if codes is not None]
-    num_frames = max([len(text), *ends]) + (timing.task_delay if task.hears else 0)
+    num_frames = max([len(text), *ends]) + (timing.task_delay if task.hears and task.name != "s2s" else 0)
     codes = np.full((streams.num_streams, num_frames), ZERO_TOKEN, dtype=np.int64)
     codes[0] = streams.text_pad_id
     codes[0, : len(text)] = text
     own, given = codes[1 : 1 + streams.num_codebooks], codes[1 + streams.num_codebooks :]
-    own[:] = silence[: streams.num_codebooks, None]
+    if task.name != "text":
+        own[:] = silence[: streams.num_codebooks, None]
     if spoken is not None:
         own[:, origin : origin + spoken.shape[1]] = spoken[: streams.num_codebooks]
     if heard is not None:
         given[:, origin:] = silence[: streams.num_given_codebooks, None]
         given[:, origin : origin + heard.shape[1]] = heard[: streams.num_given_codebooks]
     return codes
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What a sample was laid out from.
+
+    Attributes:
+        prompt: piece ids.
+        text: tokens `[T]` of the text stream from the prompt's end on, PAD and EPAD among them.
+        heard: codes `[Q, T]` from the frame on in which the audio starts, with the silence after its end; None where
+            the task does not hear.
+        spoken: the same of what the model says; None where it does not speak.
+    """
+
+    prompt: tuple[int, ...]
+    text: np.ndarray
+    heard: np.ndarray | None
+    spoken: np.ndarray | None
+
+
+def take_apart(codes_ST: np.ndarray, *, task: Task, timing: Timing, num_codebooks: int) -> Parts:
+    """The inverse of `lay_out`, where each party has up to `num_codebooks` codebooks. How long the audio was a sample
+    does not say: silence goes on after it."""
+    origin, own = timing.speech_origin(task), slice(1, 1 + num_codebooks)
+    return Parts(
+        prompt=tuple(codes_ST[0, :PROMPT_FRAMES].tolist()),
+        text=codes_ST[0, PROMPT_FRAMES:],
+        heard=codes_ST[own.stop :, origin:] if task.hears else None,
+        spoken=codes_ST[own, origin:] if task.speaks else None,
+    )

@@ -52,8 +52,11 @@ class StreamEmbedding(VocabParallelEmbedding):
         self.register_buffer("initial", torch.tensor(streams.cardinalities), persistent=False)
         self.register_buffer("offsets", torch.tensor(table_offsets(streams.cardinalities)), persistent=False)
 
-    def forward(self, codes_BST: Tensor) -> Tensor:
-        """`[T, B, H]`; under context and sequence parallelism this rank's frames of it."""
+    def forward(self, codes_BST: Tensor, starts_T: Tensor | None = None) -> Tensor:
+        """`[T, B, H]`; under context and sequence parallelism this rank's frames of it.
+
+        `starts_T`: of a packed row, see `frames.sample_starts`.
+        """
         frames = None
         if self.config.context_parallel_size > 1:
             frames = on_context_rank(torch.arange(codes_BST.shape[-1], device=codes_BST.device))
@@ -65,6 +68,7 @@ class StreamEmbedding(VocabParallelEmbedding):
             offsets=self.offsets,
             first_row=self.vocab_start_index,
             frames=frames,
+            starts=starts_T,
         )
         if self.config.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(partial_TBH)

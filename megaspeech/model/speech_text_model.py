@@ -27,7 +27,7 @@ from megaspeech.kernels import load_kernels
 from megaspeech.kernels.stream_embedding.reference import delayed_codes
 from megaspeech.model.depth import DepthTransformer
 from megaspeech.model.embedding import StreamEmbedding
-from megaspeech.model.frames import from_context_ranks, on_context_rank
+from megaspeech.model.frames import from_context_ranks, on_context_rank, sample_starts
 from megaspeech.model.losses import Losses, stream_losses
 from megaspeech.model.temporal import TemporalTransformer, transformer_config
 from megaspeech.model.transfer import to_device
@@ -80,7 +80,12 @@ class SpeechTextModel(MegatronModule):
         self.temporal.set_input_tensor(hidden[0] if isinstance(hidden, list) else hidden)
 
     def forward(
-        self, codes_BST: Tensor, weights_BPT: Tensor | None = None, depth_frames_BT: Tensor | None = None
+        self,
+        codes_BST: Tensor,
+        weights_BPT: Tensor | None = None,
+        depth_frames_BT: Tensor | None = None,
+        *,
+        bounds_D: Tensor | None = None,
     ) -> Tensor | Losses | tuple[Tensor, Tensor]:
         """One microbatch through this stage.
 
@@ -89,19 +94,23 @@ class SpeechTextModel(MegatronModule):
             weights_BPT: weight of every predicted token in the loss, 0 for none; None asks for logits.
             depth_frames_BT: bool, which frames have a codebook that weighs, delays applied. On the host, so that the
                 number of them need not be asked of the device, which waits; None asks it.
+            bounds_D: where the samples of a packed row begin, its padding, and T; None where each row is one sample.
+                Attention and delays stay within a sample.
 
         Returns:
             `hidden_TBH` for the next chunk; of the last one its `Losses`, or without weights the logits, FP32: text
             `[B, T, V_text]` and audio `[B, Q, T, V]`. Position t of a codebook predicts its token of frame t - delay.
         """
-        hidden_TBH = self.embedding(codes_BST) if self.pre_process else None
-        hidden_TBH = self.temporal(hidden_TBH, padding_BT=codes_BST[:, 0] == ZERO_TOKEN)
+        starts_T = None if bounds_D is None else sample_starts(bounds_D, num_frames=codes_BST.shape[-1])
+        hidden_TBH = self.embedding(codes_BST, starts_T) if self.pre_process else None
+        hidden_TBH = self.temporal(hidden_TBH, padding_BT=codes_BST[:, 0] == ZERO_TOKEN, bounds_D=bounds_D)
         if not self.post_process:
             return hidden_TBH
-        tokens_BPT = self._delayed(codes_BST, fill=self.initial)
+        tokens_BPT = self._delayed(codes_BST, fill=self.initial, starts_T=starts_T)
         if weights_BPT is None:
             return self._logits(hidden_TBH, tokens_BPT)
-        weights_BPT = self._delayed(weights_BPT, fill=torch.zeros_like(self.initial))  # initial tokens weigh nothing
+        # Initial tokens weigh nothing.
+        weights_BPT = self._delayed(weights_BPT, fill=torch.zeros_like(self.initial), starts_T=starts_T)
         if depth_frames_BT is None:
             depth_frames_BT = (weights_BPT[:, 1:] > 0).any(1)
         tokens_BPT, weights_BPT, depth_frames_BT = map(on_context_rank, (tokens_BPT, weights_BPT, depth_frames_BT))
@@ -111,10 +120,10 @@ class SpeechTextModel(MegatronModule):
             tensor_parallel_size=self.config.tensor_model_parallel_size,
         )
 
-    def _delayed(self, x_BST: Tensor, *, fill: Tensor) -> Tensor:
+    def _delayed(self, x_BST: Tensor, *, fill: Tensor, starts_T: Tensor | None) -> Tensor:
         """The predicted streams of `x_BST`, each moved right by its acoustic delay `[B, P, T]`."""
-        predicted = slice(0, self.num_predicted)
-        return delayed_codes(x_BST[:, predicted], shifts=self.delays[predicted], fill=fill[predicted])
+        own = slice(0, self.num_predicted)
+        return delayed_codes(x_BST[:, own], shifts=self.delays[own], fill=fill[own], starts_T=starts_T)
 
     def _logits(self, hidden_TBH: Tensor, tokens_BPT: Tensor) -> tuple[Tensor, Tensor]:
         text_TBV = gather_from_tensor_model_parallel_region(self.text_head(hidden_TBH)[0])

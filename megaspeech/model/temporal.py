@@ -24,7 +24,8 @@ from torch import Tensor
 
 from megaspeech.config import Config
 from megaspeech.config.computation import ParallelSection, PrecisionSection
-from megaspeech.model.attention import CoreAttention
+from megaspeech.model import attention
+from megaspeech.model.attention import CoreAttention, packed_attention
 from megaspeech.model.frames import on_context_rank
 from megaspeech.model.norm import RMSNorm
 
@@ -168,8 +169,9 @@ def layer_spec(config: Config) -> ModuleSpec:
             del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     else:
         try:
-            return get_gpt_layer_with_transformer_engine_spec(num_experts=experts, moe_grouped_gemm=bool(experts))
-        except (ImportError, NameError) as error:
+            spec = get_gpt_layer_with_transformer_engine_spec(num_experts=experts, moe_grouped_gemm=bool(experts))
+            spec.submodules.self_attention.submodules.core_attention = attention.TransformerEngineAttention
+        except (ImportError, NameError, AttributeError) as error:
             raise ValueError(
                 'model.transformer_impl = "transformer_engine", but TransformerEngine is not installed; '
                 'install megaspeech[gpu], or set "auto"'
@@ -197,6 +199,7 @@ class TemporalTransformer(MegatronModule):
         vp_stage: int | None = None,
     ) -> None:
         super().__init__(megatron)
+        self.longest_row = config.data.num_frames
         layers = [layer_spec(config)] * get_num_layers_to_build(megatron, vp_stage)
         self.block = TransformerBlock(
             megatron,
@@ -217,14 +220,20 @@ class TemporalTransformer(MegatronModule):
         """Hand over what the previous stage sent; the pipeline schedule calls this."""
         self.block.set_input_tensor(hidden)
 
-    def forward(self, hidden_TBH: Tensor | None, *, padding_BT: Tensor) -> Tensor:
+    def forward(self, hidden_TBH: Tensor | None, *, padding_BT: Tensor, bounds_D: Tensor | None = None) -> Tensor:
         """`[T, B, H]` (under context and sequence parallelism this rank's frames of it) through this chunk's layers.
 
-        `padding_BT` tells which frames of the whole samples are padding.
+        `padding_BT` tells which frames of the whole rows are padding, and `bounds_D` where the samples of a packed row
+        begin (`Batch.bounds_D`).
         """
-        rope = self.rope(padding_BT.shape[-1])
-        padding = self._padding_for_experts(padding_BT)
-        return self.block(hidden_TBH, attention_mask=None, rotary_pos_emb=rope, padding_mask=padding)
+        num_frames = padding_BT.shape[-1]
+        return self.block(
+            hidden_TBH,
+            attention_mask=None,
+            rotary_pos_emb=self.rope(num_frames),
+            packed_seq_params=packed_attention(bounds_D, longest=max(num_frames, self.longest_row)),
+            padding_mask=self._padding_for_experts(padding_BT),
+        )
 
     def _padding_for_experts(self, padding_BT: Tensor) -> Tensor | None:
         """Of this rank's frames; None without experts, whose balance alone must not count padding."""

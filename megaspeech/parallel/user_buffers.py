@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megaspeech.config import Config
-from megaspeech.data.mixture import frame_multiple
+from megaspeech.data.batch import frame_multiple
 
 
 def initialise_user_buffers(config: Config) -> None:

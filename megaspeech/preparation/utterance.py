@@ -34,6 +34,13 @@ class Recording:
     span: tuple[int, int] | None = None
     plan: Plan | None = None
 
+    @property
+    def seconds(self) -> float | None:
+        """Its length; None where the manifest does not say."""
+        if self.duration is None and self.end is not None:
+            return self.end - self.start
+        return self.duration
+
 
 @dataclass(frozen=True)
 class Word:
@@ -55,7 +62,8 @@ class Utterance:
         task: what is asked, with its languages.
         text: what is written, in the target language.
         words: `text` in time, in order. The times are those of what is heard where the task does not speak (of the
-            source word), and of what is said where it does.
+            source word), and of what is said where it does. Empty where neither times nor the audio's length are
+            known: then the text is spread over the whole.
         heard: what the model hears, for a task that hears.
         spoken: what it says, for a task that speaks, on the clock of `heard`.
         speaker: who is heard, or for `tts` said; empty if not known.

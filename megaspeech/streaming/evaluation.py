@@ -17,7 +17,7 @@ import torch
 from megaspeech.codecs.protocol import Codec
 from megaspeech.config import Config
 from megaspeech.data.tokenizer import Tokenizer
-from megaspeech.preparation.prepare import compose, timing_of
+from megaspeech.preparation.compose import compose, timing_of
 from megaspeech.preparation.utterance import Recording, Utterance
 from megaspeech.streaming.latency import Latency, speech_latency, summarise, text_latency
 from megaspeech.streaming.scoring import answer_words
@@ -70,7 +70,7 @@ class Evaluator:
 
         Args:
             utterances: a manifest.
-            codes: of their recordings, see `preparation.prepare.encode_recordings`; utterances without are left
+            codes: of their recordings, see `preparation.encoding.encode_recordings`; utterances without are left
                 out.
             progress: wraps the iteration over batches.
         """
@@ -108,12 +108,12 @@ class Evaluator:
 
     def _request(self, utterance: Utterance, codes: Mapping[Recording, np.ndarray]) -> Request:
         task, told = utterance.task, None
-        if not task.hears:
-            told = tuple(map(tuple, self.tokenizer.encode_words(utterance.text.split(), told=True)))
+        if task.name == "tts":
+            told = tuple(word.pieces for word in self.tokenizer.spell(utterance.text, ends=True) if word.pieces)
         reference = compose(utterance, codes, config=self.config, codec=self.codec, tokenizer=self.tokenizer)
         return Request(
             task,
-            num_frames=reference.shape[1] + (PATIENCE_FRAMES if task.speaks else 0),
+            num_frames=reference.codes_ST.shape[1] + (PATIENCE_FRAMES if task.speaks else 0),
             heard=None if utterance.heard is None else codes[utterance.heard],
             words=told,
         )
@@ -135,6 +135,8 @@ class Evaluator:
         task = result.utterance.task
         shared = {"task": task, "timing": self.timing, "frame_rate": self.codec.frame_rate, "tokenizer": self.tokenizer}
         heard_words = result.utterance.source_words or result.utterance.words
+        if task.hears and not heard_words:  # when the last word ends is not known
+            return None
         heard_end = heard_words[-1].end if task.hears else None
         if not task.speaks:
             return text_latency(result.answer, heard_end=heard_end, **shared)

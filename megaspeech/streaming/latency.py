@@ -32,8 +32,8 @@ import numpy as np
 
 from megaspeech.data.tasks import PROMPT_FRAMES, Task, Timing
 from megaspeech.data.tokenizer import Tokenizer
+from megaspeech.data.transcript import written_words
 from megaspeech.streaming.session import Answer
-from megaspeech.streaming.transcript import written_words
 
 WINDOW_SECONDS = 0.01
 SUSTAINED_WINDOWS = 3

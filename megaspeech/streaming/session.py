@@ -83,11 +83,7 @@ def answer(
     if not requests:
         return []
     check_streams(lm, streams)
-    if tokenizer.vocabulary_size != streams.text_cardinality:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocabulary_size} pieces, but streams.text_cardinality is "
-            f"{streams.text_cardinality}; use the tokenizer that the model was trained with"
-        )
+    tokenizer.check_streams(streams, tasks=(request.task for request in requests))
     for request in requests:
         check_request(request, streams=streams)
     num_steps = max(request.num_frames for request in requests) + acoustic_delay(streams)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaspeech.data.mixture import Batch
+from megaspeech.data.batch import Batch
 from megaspeech.model.losses import Losses
 
 
@@ -37,11 +37,13 @@ def make_forward_step(
 
     def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Any, Callable]:
         batch = next(batches)
-        return model(batch.codes_BST, batch.weights_BPT, batch.depth_frames_BT), loss_function
+        codes, weights = batch.codes_BST, batch.weights_BPT
+        return model(codes, weights, batch.depth_frames_BT, bounds_D=batch.bounds_D), loss_function
 
     return forward_step
 
 
 def forward_logits(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Any, None]:
     """The forward step that asks for logits: without a loss function the schedule hands the output through."""
-    return model(next(batches).codes_BST), None
+    batch = next(batches)
+    return model(batch.codes_BST, bounds_D=batch.bounds_D), None

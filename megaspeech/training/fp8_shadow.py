@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megaspeech.config import Config
-from megaspeech.data.mixture import Batch
+from megaspeech.data.batch import Batch
 from megaspeech.parallel.precision import without_fp8
 from megaspeech.parallel.wrap import Wrapped
 from megaspeech.training.fp8_health import Fp8Health

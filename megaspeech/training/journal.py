@@ -51,7 +51,7 @@ class Journal:
         training = self.config.training
         frames = metrics.num_frames / seconds
         speed = {"frames_per_second": frames, "x_real_time": frames / self.frame_rate}
-        record = {"grad_norm": grad_norm, "learning_rate": learning_rate, **speed}
+        record = {"grad_norm": grad_norm, "learning_rate": learning_rate, **speed, "padding": metrics.padding}
         self.scalars("train", step, {**_flat(metrics), **record})
         if step % self.config.logging.log_interval == 0 or step == 1:
             left = (training.train_steps - step) * seconds

@@ -38,6 +38,8 @@ SHORT = {
     "micro": "training.micro_batch_size",
     "recipe": "precision.recipe",
     "kernels": "model.kernels",
+    "pack": "data.pack",
+    "row": "data.num_frames",
 }
 """Short names of the keys that a layout is written with; any other `section.field` may stand beside them."""
 BANDS = {"fp32": 1e-5, "bf16": 2e-2, "fp8": 5e-2}
@@ -45,7 +47,10 @@ BANDS = {"fp32": 1e-5, "bf16": 2e-2, "fp8": 5e-2}
 another order differ by rounding: 2^-24 in FP32, and in BF16, whose weights and activations have 8 bits, by 2^-8 at a
 time; in FP8 (a band not measured yet) by 2^-4."""
 
-COMPUTATION = ("parallel.", "training.micro_batch_size", "model.kernels", "model.embedding_gradient")
+COMPUTATION = (
+    *("parallel.", "training.micro_batch_size", "model.kernels", "model.embedding_gradient"),
+    *("data.pack", "data.num_frames"),
+)
 """Keys that leave the model and its losses as they are."""
 FAULT, DONE = "fault.txt", "done"
 RUN = (
@@ -78,7 +83,7 @@ class Layout:
                 )
             if name in ("dp", "tp", "pp", "cp"):
                 ranks *= int(value)
-            if name in ("sp", "zero", "overlap"):
+            if name in ("sp", "zero", "overlap", "pack"):
                 value = "true" if value in ("1", "true") else "false"
             if name != "dp":
                 overrides.append(f"{SHORT.get(name, name)}={value}")

@@ -17,7 +17,8 @@ class StreamMetrics:
     """Means over a global batch.
 
     `loss` is what is minimised, `text` and `audio` its two parts; `losses` and `accuracies` are unweighted, by
-    predicted stream, and leave out streams without a counted token. `num_frames` leaves out padding.
+    predicted stream, and leave out streams without a counted token. `num_frames` leaves out padding, which is the
+    share `padding` of all frames.
     """
 
     loss: float
@@ -26,6 +27,7 @@ class StreamMetrics:
     losses: dict[str, float]
     accuracies: dict[str, float]
     num_frames: int
+    padding: float
 
 
 def predicted_stream_names(streams: StreamsSection) -> list[str]:
@@ -38,7 +40,7 @@ def reduce_metrics(reports: Sequence[dict[str, Tensor]], *, totals: Tensor, stre
 
     Args:
         reports: what the loss function of `training.forward_step` reported.
-        totals: `Batch.totals` of the global batch `[3]`.
+        totals: `Batch.totals` of the global batch `[4]`.
         streams: names the predicted streams.
     """
     weighted = torch.stack([report["weighted"] for report in reports]).sum(0)
@@ -51,4 +53,7 @@ def reduce_metrics(reports: Sequence[dict[str, Tensor]], *, totals: Tensor, stre
     for name, (loss, count, correct) in zip(predicted_stream_names(streams), rows, strict=True):
         if count:
             losses[name], accuracies[name] = loss / count, correct / count
-    return StreamMetrics(text + audio, text, audio, losses, accuracies, num_frames=int(totals[2]))
+    frames, all_frames = totals[2:].tolist()
+    return StreamMetrics(
+        text + audio, text, audio, losses, accuracies, num_frames=int(frames), padding=1 - frames / all_frames
+    )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megaspeech.codecs.protocol import Codec
 from megaspeech.config import Config
-from megaspeech.data.mixture import Batch
+from megaspeech.data.batch import Batch
 from megaspeech.data.tasks import ZERO_TOKEN
 from megaspeech.parallel.groups import Grid
 from megaspeech.parallel.schedule import run_microbatches
@@ -35,7 +35,7 @@ def log_spoken_sample(
     grid: Grid,
 ) -> None:
     """Write sound and spectrogram of the first validation sample of every spoken task; all ranks call this."""
-    for task in (name for name in batches if name.startswith(SPOKEN)):
+    for task in (name for name in batches if name.rpartition("/")[-1].startswith(SPOKEN)):
         device = next(chunks[0].parameters()).device
         # An interleaved pipeline runs as many microbatches at a time as it has stages: the same one again.
         batch, repeats = batches[task][0].to(device), config.parallel.pipeline_model_parallel_size
@@ -54,8 +54,9 @@ def log_spoken_sample(
             chunk.train()
         if grid.is_main and codec is not None:
             _, audio_BQTV = outputs[0]
-            codes_QT = _undelayed(audio_BQTV[0].argmax(-1), delays=config.streams.delays[1:])
-            codes_QT = codes_QT[:, batch.codes_BST[0, 0].cpu() != ZERO_TOKEN]
+            end = batch.num_frames if batch.bounds_D is None else int(batch.bounds_D[1])
+            codes_QT = _undelayed(audio_BQTV[0, :, :end].argmax(-1), delays=config.streams.delays[1:])
+            codes_QT = codes_QT[:, batch.codes_BST[0, 0, :end].cpu() != ZERO_TOKEN]
             samples_N = codec.decode(codes_QT[None].cpu())[0].clamp(-1, 1)
             picture = spectrogram_picture(samples_N.numpy())
             journal.audio(step, f"spoken/{task}", samples_N, sample_rate=codec.sample_rate, spectrogram=picture)

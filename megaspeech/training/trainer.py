@@ -12,11 +12,13 @@ from torch import Tensor
 
 from megaspeech.checkpoint.origin import StreamManifest
 from megaspeech.checkpoint.store import CheckpointStore
-from megaspeech.codecs.registry import load_codec
+from megaspeech.codecs.registry import codec_of
 from megaspeech.config import Config, write_config
+from megaspeech.data.batch import Batch
 from megaspeech.data.loading import StepBatches
-from megaspeech.data.mixture import Batch, TrainBatches, valid_batches
+from megaspeech.data.mixture import TrainBatches, valid_batches
 from megaspeech.data.rejected import RejectedSamples
+from megaspeech.data.shard_set import Catalogue
 from megaspeech.data.shards import check_origins
 from megaspeech.data.tokenizer import Tokenizer
 from megaspeech.model.counting import count_flops, count_parameters
@@ -59,10 +61,10 @@ class Trainer:
         self.config, self.grid, self.signals, self.watchdog = config, grid, signals, watchdog
         self.batches = TrainBatches(config, dp_rank=grid.dp_rank, dp_size=grid.dp_size)
         self.valid = valid_batches(config, dp_rank=grid.dp_rank, dp_size=grid.dp_size)
-        self.codec = load_codec(config.codec.path) if config.codec.path else None
+        self.codec = codec_of(config)
         self._check_shards()
         self.wrapped = wrap(config, num_chunks=grid.num_chunks, build=self._build, initialise=self._initialise)
-        header = self.batches.samples.datasets[0].shard.header
+        header = next(iter(self.batches.samples.values())).shards.header
         checkpoints = CheckpointStore(
             Path(config.run.directory) / "checkpoints", config=config, manifest=StreamManifest.of(header, config)
         )
@@ -218,9 +220,10 @@ class Trainer:
 
     def _check_shards(self) -> None:
         """Refuse shards of another codec or tokenizer than the run's, or of several."""
-        data, tokenizer = self.config.data, Path(self.config.data.tokenizer)
+        directory, tokenizer = Path(self.config.data.directory), Path(self.config.data.tokenizer)
+        sets = [("train", name) for name in self.batches.samples] + [("valid", name) for name in self.valid]
         check_origins(
-            [Path(data.directory) / split / name for split in ("train", "valid") for name in data.mixture],
+            {str(directory / split / name): Catalogue.read(directory / split / name).header for split, name in sets},
             codec=(f"codec.path = {self.config.codec.path}", self.codec.fingerprint) if self.codec else None,
             tokenizer=(f"data.tokenizer = {tokenizer}", Tokenizer.load(tokenizer).fingerprint)
             if tokenizer.is_file()
@@ -249,6 +252,9 @@ class Trainer:
             + ", ".join(f"{part} {count:,}" for part, count in parameters.items())
             + f"), {3 * sum(flops.values()) / 1e6:.1f} MFLOP a frame; {parallel.describe(self.grid.dp_size)}"
         )
+        epochs = self.batches.epochs()
+        for name, share in self.batches.shares.items():
+            self.journal.say(f"  {name}: {share:.1%} of the samples, {epochs[name]:,.2f} epochs")
 
     def _log_sample(self) -> None:
         self.wrapped.gather_parameters()

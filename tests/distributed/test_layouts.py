@@ -52,6 +52,11 @@ OTHERS = [
     "tp=4,data.length_multiple=1,pp=1",
     "tp=2,sp=1,data.length_multiple=1",
     "tp=2,cp=2,sp=1,data.length_multiple=1",
+    # samples packed into rows, none of which sees another
+    "pack=1,row=48,micro=1",
+    "pack=1,row=64,micro=1,tp=2,sp=1,pp=2",
+    "pack=1,row=48,micro=1,pp=2,vp=2",
+    "pack=1,row=48,micro=1,dp=2,data=fsdp2,recompute=full",
     # gradients reduced during the backward pass of the last microbatch
     "dp=2,overlap=1,micro=1",
     "dp=2,overlap=1,zero=0,micro=1",

@@ -104,7 +104,7 @@ def test_flipped_bit_costs_one_sample(home: Path) -> None:
 
 
 def test_truncated_shard_is_refused_at_the_start(home: Path) -> None:
-    path = _copy_of_shards(home, name="short") / "train" / "asr-en.bin"
+    path = _copy_of_shards(home, name="short") / "train" / "asr-en" / "000000.bin"
     size = path.stat().st_size
     os.truncate(path, size // 2)
     finished = train(*_arguments(home, run="short_run", shards="short"), ranks=2)
@@ -115,7 +115,7 @@ def test_truncated_shard_is_refused_at_the_start(home: Path) -> None:
 
 
 def test_shard_gone_wrong_as_a_whole_ends_the_run(home: Path) -> None:
-    path = _copy_of_shards(home, name="zeros") / "train" / "asr-en.bin"
+    path = _copy_of_shards(home, name="zeros") / "train" / "asr-en" / "000000.bin"
     path.write_bytes(bytes(path.stat().st_size))
     finished = train(*_arguments(home, run="zeros_run", shards="zeros"), "data.num_workers=2")
     assert finished.returncode != 0

@@ -82,7 +82,7 @@ def test_a_missing_recording_among_good_ones(project: tuple[Path, Path], tmp_pat
     assert "1 left out, see" in finished.stdout
     (rejected,) = (tmp_path / "shards/train/rejected.jsonl").read_text().splitlines()
     assert "missing.wav" in rejected
-    assert json.loads((tmp_path / "shards/train/asr-en.json").read_text())["num_samples"] == 40
+    assert json.loads((tmp_path / "shards/train/asr-en/000000.json").read_text())["num_samples"] == 40
 
 
 def test_a_config_typo(project: tuple[Path, Path]) -> None:

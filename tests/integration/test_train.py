@@ -228,14 +228,14 @@ def test_shards_of_another_codec_are_refused(home: Path) -> None:
     codec.save(home / "codec")
     finished = train(*_arguments(home, run="foreign"), f"codec.path={home}/codec", ranks=2)
     named = f"its codec_fingerprint is none, that of codec.path = {home}/codec is {codec.fingerprint}"
-    _assert_one_message(finished, f"shard {home}/shards/train/asr-en", named)
+    _assert_one_message(finished, f"shard {home}/shards/train/asr-en/000000", named)
 
 
 def test_shards_of_another_tokenizer_are_refused(home: Path) -> None:
-    tokenizer = train_tokenizer(["zero one two three four five six seven"], vocabulary_size=48)
+    tokenizer = train_tokenizer(["zero one two three four five six seven"], vocabulary_size=48, languages=["en"])
     (home / "tokenizer.model").write_bytes(tokenizer.model)
     finished = train(*_arguments(home, run="foreign"), f"data.tokenizer={home}/tokenizer.model")
-    _assert_one_message(finished, "train/asr-en", "its tokenizer_fingerprint is none", tokenizer.fingerprint)
+    _assert_one_message(finished, "train/asr-en", "their tokenizer_fingerprint is none", tokenizer.fingerprint)
 
 
 def test_damaged_checkpoint_is_named_and_the_one_before_it_used(home: Path, single: Path) -> None:

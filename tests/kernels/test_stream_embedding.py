@@ -228,7 +228,7 @@ def test_frozen_table_needs_no_gradient() -> None:
 
 def test_operators_are_what_they_say() -> None:
     case = make_case(num_frames=3)
-    lookup = (case.codes_BST, *case.streams.values(), None, 0)
+    lookup = (case.codes_BST, *case.streams.values(), None, None, 0)
     table = case.table_RH.requires_grad_()
     torch.library.opcheck(torch.ops.megaspeech.stream_embedding.default, (*lookup, table, False, False))
     grad = torch.ones(3, 2, 24)
@@ -255,3 +255,17 @@ def test_rows_beyond_two_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(out[0], table[used])
     out.backward(out.detach())
     assert torch.equal(table.main_grad[used], table[used].float())
+
+
+@pytest.mark.parametrize("atomic", [False, True])
+def test_packed_rows_are_their_samples_side_by_side(atomic: bool) -> None:
+    """Nothing moves into a sample from the one before it, however long the delay."""
+    case = make_case(batch=1, num_frames=11)
+    bounds = [0, 4, 5, 11]
+    starts = torch.tensor([bounds[place] for place in range(3) for _ in range(bounds[place + 1] - bounds[place])])
+    assert_exact(case, starts=starts, atomic=atomic)
+    whole = function.stream_embedding(case.codes_BST, case.table_RH, **case.streams, starts=starts)
+    for first, end in zip(bounds, bounds[1:], strict=False):
+        alone = function.stream_embedding(case.codes_BST[..., first:end].contiguous(), case.table_RH, **case.streams)
+        assert torch.equal(whole[first:end], alone)
+    assert not torch.equal(whole, function.stream_embedding(case.codes_BST, case.table_RH, **case.streams))

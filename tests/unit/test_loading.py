@@ -18,8 +18,9 @@ import pytest
 import torch
 from one_rank import make_config
 
+from megaspeech.data.batch import Batch
 from megaspeech.data.loading import Load, StepBatches
-from megaspeech.data.mixture import Batch, TrainBatches
+from megaspeech.data.mixture import TrainBatches
 from megaspeech.data.synthetic import write_synthetic_shards
 
 DEADLINE = 20.0  # seconds
@@ -214,7 +215,7 @@ def test_workers_end_with_the_iterator(rank_raises: bool) -> None:
 RANK = """
 import sys, torch
 from megaspeech.data.loading import StepBatches
-from megaspeech.data.mixture import Batch
+from megaspeech.data.batch import Batch
 from megaspeech.parallel.lifeline import end_with_parent
 
 def load(step):

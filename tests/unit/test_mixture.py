@@ -12,8 +12,10 @@ import torch
 from one_rank import make_config
 
 from megaspeech.config import Config
-from megaspeech.data.mixture import Batch, TrainBatches, valid_batches
-from megaspeech.data.shards import ShardHeader, write_shard
+from megaspeech.data.batch import Batch
+from megaspeech.data.mixture import TrainBatches, valid_batches
+from megaspeech.data.shard_set import write_shard_set
+from megaspeech.data.shards import ShardHeader
 from megaspeech.data.synthetic import synthetic_header
 from megaspeech.data.tasks import ZERO_TOKEN
 from megaspeech.data.weights import loss_weights
@@ -41,7 +43,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 codes = generator.integers(0, 32, (config.streams.num_streams, int(generator.integers(6, 21))))
                 codes[-1], codes[-2] = number, place
                 samples.append(codes)
-            write_shard(directory / "shards" / split / name, samples, header=header_of(config, name))
+            write_shard_set(directory / "shards" / split / name, samples, header=header_of(config, name))
     return directory
 
 
@@ -122,7 +124,8 @@ def test_epochs_are_permutations_each_of_its_own(home: Path) -> None:
     batches = TrainBatches(config_of(home, *overrides), dp_rank=0, dp_size=1)
     everything = [(0, number) for number in range(12)]
     epochs = [
-        list(batches.samples[index]["codes"][-1, 0] for index in range(start, start + 12)) for start in (0, 12, 24)
+        [batches.samples["asr-en"][index]["codes"][-1, 0] for index in range(start, start + 12)]
+        for start in (0, 12, 24)
     ]
     assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != list(range(12))
@@ -166,10 +169,10 @@ def test_validation_sees_every_sample_once_and_whole(home: Path, dp_size: int) -
 
 def test_totals_count_weights_and_frames_but_no_padding(home: Path) -> None:
     batch = TrainBatches(config_of(home, "data.length_multiple=32"), dp_rank=0, dp_size=1)(0)[0]
-    text, audio, frames = batch.totals().tolist()
+    text, audio, frames, all_frames = batch.totals().tolist()
     assert text == pytest.approx(float(batch.weights_BPT[:, 0].sum()))
     assert audio == pytest.approx(float(batch.weights_BPT[:, 1:].sum())) and batch.totals().dtype is torch.float64
-    assert frames == int((batch.codes_BST[:, -1] >= 0).sum()) < batch.codes_BST[:, 0].numel()
+    assert frames == int((batch.codes_BST[:, -1] >= 0).sum()) < all_frames == batch.codes_BST[:, 0].numel()
 
 
 def test_mixture_without_shards_names_the_key(home: Path) -> None:
@@ -178,7 +181,7 @@ def test_mixture_without_shards_names_the_key(home: Path) -> None:
 
 
 def test_shard_of_other_streams_is_refused(home: Path) -> None:
-    with pytest.raises(ValueError, match=r"asr-en: its cardinalities"):
+    with pytest.raises(ValueError, match=r"asr-en: their cardinalities"):
         TrainBatches(config_of(home, "streams.cardinality=64"), dp_rank=0, dp_size=1)
 
 

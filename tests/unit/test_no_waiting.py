@@ -12,7 +12,7 @@ import pytest
 import torch
 from one_rank import make_config, one_rank  # noqa: F401
 
-from megaspeech.data.mixture import Batch, collate
+from megaspeech.data.batch import Batch, collate
 from megaspeech.model.speech_text_model import SpeechTextModel
 from megaspeech.training.forward_step import make_forward_step
 

@@ -20,7 +20,7 @@ from corpus import ANSWER_DELAY, ANSWER_GAP, FRAME, SAMPLE_RATE, make_corpus, se
 from judge import DIGIT_WORDS, DigitJudge, word_errors  # noqa: E402
 from script import BODIES, ENGLISH, JAPANESE, KANA, OWN_VOICE, VARIANTS, CorpusSettings, draw_clips  # noqa: E402
 
-from megaspeech.preparation.manifest import read_manifest  # noqa: E402
+from megaspeech.preparation.manifests.nemo import read_manifest  # noqa: E402
 from megaspeech.preparation.synthesis import words as synthesis  # noqa: E402
 from megaspeech.preparation.synthesis.speech import Voice  # noqa: E402
 from megaspeech.preparation.synthesis.variants import DRAWN, drawn_variant  # noqa: E402

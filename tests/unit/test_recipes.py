@@ -89,7 +89,7 @@ def test_what_is_wrong_with_the_run_itself(tmp_path: Path) -> None:
     write_tiny_run(tmp_path)
     finished = compare(tmp_path, "--recipes", "fp32", "data.directory=nowhere")
     assert finished.returncode == 1 and "Traceback" not in finished.stderr
-    assert "fp32: data.mixture: there is no shard nowhere/train/asr-en" in finished.stdout
+    assert "fp32: data.mixture: there is no set of shards nowhere/train/asr-en" in finished.stdout
 
 
 def test_what_is_wrong_with_the_recipes(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import torch
 from one_rank import make_config
 
 from megaspeech.config import Config
-from megaspeech.data.mixture import Batch, TrainBatches, valid_batches
+from megaspeech.data.batch import Batch
+from megaspeech.data.mixture import TrainBatches, valid_batches
 from megaspeech.data.rejected import ALWAYS_BORNE, RejectedSamples
 from megaspeech.data.synthetic import write_synthetic_shards
 from megaspeech.data.tasks import ZERO_TOKEN
@@ -36,7 +37,7 @@ def test_damaged_sample_is_an_empty_row_and_all_else_as_it_was(config: Config) -
     """Steps long enough for every sample to come up, on two data parallel ranks."""
     whole = [TrainBatches(config, dp_rank=rank, dp_size=2) for rank in range(2)]
     expected = [[ranks(step) for step in range(4)] for ranks in whole]
-    path = Path(config.data.directory) / "train" / "asr-en.bin"
+    path = Path(config.data.directory) / "train" / "asr-en" / "000000.bin"
     damage(path, count=path.stat().st_size // 4)
     torn = [TrainBatches(config, dp_rank=rank, dp_size=2) for rank in range(2)]
     seen: set[str] = set()
@@ -54,14 +55,14 @@ def test_damaged_sample_is_an_empty_row_and_all_else_as_it_was(config: Config) -
                         assert torch.equal(one.codes_BST[row], other.codes_BST[row])
                         assert torch.equal(one.weights_BPT[row], other.weights_BPT[row])
                 seen |= rejected.keys()
-    assert {f"asr-en:{index}" for index in range(9)} <= seen and len(seen) < 20
+    assert {f"asr-en/000000:{index}" for index in range(9)} <= seen and len(seen) < 20
 
 
 def test_damaged_validation_sample_is_left_out(config: Config) -> None:
-    damage(Path(config.data.directory) / "valid" / "asr-en.bin")
+    damage(Path(config.data.directory) / "valid" / "asr-en" / "000000.bin")
     (batches,) = valid_batches(config, dp_rank=0, dp_size=1).values()
     ((name, reason),) = [entry for batch in batches for entry in batch.rejected]
-    assert name == "asr-en:0" and "valid/asr-en: its checksum" in reason
+    assert name == "asr-en/000000:0" and "valid/asr-en/000000: its checksum" in reason
 
 
 def batches_of(*rejected: int, size: int = 8) -> list[Batch]:

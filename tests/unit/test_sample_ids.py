@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from one_rank import make_config
 
 from megaspeech.config import Config
-from megaspeech.data.mixture import Batch, TrainBatches, frame_multiple, valid_batches
-from megaspeech.data.shards import write_shard
+from megaspeech.data.batch import Batch, frame_multiple
+from megaspeech.data.mixture import TrainBatches, valid_batches
+from megaspeech.data.shard_set import write_shard_set
 from megaspeech.data.synthetic import synthetic_header
 
 SIZES = {"asr-en": 23, "tts-en": 10}  # samples
@@ -38,7 +39,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 codes[-1], codes[-2] = number, place
                 samples.append(codes)
             header = synthetic_header(name, streams=config.streams)
-            write_shard(directory / split / name, samples, header=header)
+            write_shard_set(directory / split / name, samples, header=header)
     return directory
 
 
@@ -59,7 +60,7 @@ def config_of(home: Path, *overrides: str) -> Config:
 def ids_of(batch: Batch) -> list[str]:
     """What the rows of a batch really hold."""
     names = list(SIZES)
-    return [f"{names[int(row[-2, 0])]}:{int(row[-1, 0])}" for row in batch.codes_BST]
+    return [f"{names[int(row[-2, 0])]}/000000:{int(row[-1, 0])}" for row in batch.codes_BST]
 
 
 def sized(config: Config, dp_size: int) -> list[TrainBatches]:
@@ -102,7 +103,7 @@ def test_epochs_are_whole_and_the_mixture_is_kept(home: Path) -> None:
     drawn = Counter(draws(config_of(home)))
     assert drawn.total() == STEPS * GLOBAL
     for name, count in SIZES.items():
-        times = [drawn[f"{name}:{index}"] for index in range(count)]
+        times = [drawn[f"{name}/000000:{index}"] for index in range(count)]
         assert min(times) > 10 and max(times) - min(times) <= 1
         share = WEIGHTS[name] / sum(WEIGHTS.values())
         assert abs(sum(times) - share * drawn.total()) <= 1

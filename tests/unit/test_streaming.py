@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from megaspeech.config.schema import StreamsSection
 from megaspeech.data.tasks import PROMPT_FRAMES, Task, Timing, lay_out, text_stream
 from megaspeech.data.tokenizer import Tokenizer, train_tokenizer
+from megaspeech.data.transcript import written_words
 from megaspeech.streaming import runtime
 from megaspeech.streaming.scoring import answer_words
 from megaspeech.streaming.session import Answer, Request, acoustic_delay, answer
 from megaspeech.streaming.steering import PATIENCE, TextScript
-from megaspeech.streaming.transcript import written_words
 
 PAD, EPAD = 3, 0
 UNDELAYED = (0,) * 9
@@ -63,7 +63,9 @@ def models() -> dict:
 def tokenizer() -> Tokenizer:
     words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
     rng = np.random.default_rng(0)
-    return train_tokenizer([" ".join(rng.choice(words, 5)) for _ in range(200)], vocabulary_size=64)
+    return train_tokenizer(
+        [" ".join(rng.choice(words, 5)) for _ in range(200)], vocabulary_size=64, languages=["en", "ja"]
+    )
 
 
 def heard(num_frames: int, *, seed: int = 0) -> np.ndarray:

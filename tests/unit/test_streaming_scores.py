@@ -8,9 +8,9 @@ import pytest
 from megaspeech.config.schema import StreamsSection
 from megaspeech.data.tasks import Task, Timing, text_stream
 from megaspeech.data.tokenizer import Tokenizer, train_tokenizer
+from megaspeech.data.transcript import WrittenWord, written_words
 from megaspeech.streaming import latency, scoring
 from megaspeech.streaming.session import Answer
-from megaspeech.streaming.transcript import WrittenWord, written_words
 
 PAD = 3
 ASR, ST, TTS = Task("asr", "en", "en"), Task("st", "ja", "en"), Task("tts", "en", "en")
@@ -26,7 +26,9 @@ STREAMS = StreamsSection(text_cardinality=64, num_codebooks=4, num_given_codeboo
 def tokenizer() -> Tokenizer:
     words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
     rng = np.random.default_rng(0)
-    return train_tokenizer([" ".join(rng.choice(words, 5)) for _ in range(200)], vocabulary_size=64)
+    return train_tokenizer(
+        [" ".join(rng.choice(words, 5)) for _ in range(200)], vocabulary_size=64, languages=["en", "ja"]
+    )
 
 
 # ---- scoring -------------------------------------------------------------------------------------------------------

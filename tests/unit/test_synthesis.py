@@ -17,7 +17,7 @@ pytest.importorskip("espeakng_loader")
 pytest.importorskip("pyopenjtalk")
 soundfile = pytest.importorskip("soundfile")
 
-from megaspeech.preparation.manifest import read_manifest  # noqa: E402
+from megaspeech.preparation.manifests.nemo import read_manifest  # noqa: E402
 from megaspeech.preparation.synthesis import from_text, open_jtalk  # noqa: E402
 from megaspeech.preparation.synthesis.from_text import SpeechSettings, TextToSpeech  # noqa: E402
 from megaspeech.preparation.synthesis.speech import Speech, Voice, voice_called  # noqa: E402

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megaspeech.config.schema import StreamsSection
-from megaspeech.data.tasks import PROMPT_FRAMES, ZERO_TOKEN, Task, Timing, lay_out, text_stream
+from megaspeech.data.tasks import PROMPT_FRAMES, TASKS, ZERO_TOKEN, Task, Timing, lay_out, text_stream
 
 PAD, EPAD = 3, 0
 STREAMS = StreamsSection(
@@ -32,6 +32,8 @@ def codes(num_frames: int, *, first: int) -> np.ndarray:
         (Task("st", "ja", "en"), "st-ja-en", ("<st>", "<en>"), True, False),
         (Task("tts", "ja", "ja"), "tts-ja", ("<tts>", "<ja>"), False, True),
         (Task("s2st", "en", "ja"), "s2st-en-ja", ("<s2st>", "<ja>"), True, True),
+        (Task("s2s", "ja", "ja"), "s2s-ja", ("<s2s>", "<ja>"), True, True),
+        (Task("text", "en", "en"), "text-en", ("<text>", "<en>"), False, False),
     ],
 )
 def test_task(task: Task, key: str, prompt: tuple, hears: bool, speaks: bool) -> None:
@@ -39,10 +41,29 @@ def test_task(task: Task, key: str, prompt: tuple, hears: bool, speaks: bool) ->
     assert len(task.prompt) == PROMPT_FRAMES
 
 
-@pytest.mark.parametrize("arguments, word", [(("as", "en", "en"), "'as'"), (("st", "ja", "fr"), "'fr'")])
-def test_unknown_tasks_and_languages_are_refused(arguments: tuple, word: str) -> None:
-    with pytest.raises(ValueError, match=f"{word} is not one of"):
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (("as", "en", "en"), "'as' is not one of asr, st,"),
+        (("st", "ja", "english"), "language 'english' is no code such as 'en'"),
+        (("st", "zh-hant", "en"), "language 'zh-hant'"),
+    ],
+)
+def test_unknown_tasks_and_languages_are_refused(arguments: tuple, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
         Task(*arguments)
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("source, target", [("en", "en"), ("yue", "pt-BR"), ("zh-Hant", "en"), ("zh-Hant", "zh-Hant")])
+def test_keys_are_read_back(name: str, source: str, target: str) -> None:
+    assert Task.parse(Task(name, source, target).key) == Task(name, source, target)
+
+
+@pytest.mark.parametrize("key", ["asr", "asr-EN", "asr-en-ja-fr", "sing-en", "digits/asr-en"])
+def test_what_is_no_key_is_refused(key: str) -> None:
+    with pytest.raises(ValueError, match=f"'{key}' is no task such as 'asr-en'"):
+        Task.parse(key)
 
 
 def test_heard_words_are_written_once_heard() -> None:
@@ -123,3 +144,15 @@ def test_streams_of_speech_to_speech_share_a_clock() -> None:
     assert (out[1:3, 2:9] == codes(7, first=500)[:2]).all()
     assert (out[1:3, :2] == SILENCE[:2, None]).all() and (out[1:3, 9:] == SILENCE[:2, None]).all()
     assert (out[3:, 2:6] == codes(4, first=100)[:3]).all() and (out[3:, 6:] == SILENCE[:3, None]).all()
+
+
+def test_a_conversation_has_both_parties_on_one_clock_and_no_end() -> None:
+    out = sample(Task("s2s", "en", "en"), text_frames=3, heard=7, spoken=7)
+    assert out.shape == (6, 9)
+    assert (out[1:3, 2:] == codes(7, first=500)[:2]).all() and (out[3:, 2:] == codes(7, first=100)[:3]).all()
+    assert (out[1:3, :2] == SILENCE[:2, None]).all() and (out[3:, :2] == ZERO_TOKEN).all()
+
+
+def test_text_alone_has_no_audio_at_all() -> None:
+    out = sample(Task("text", "en", "en"), text_frames=5)
+    assert out.shape == (6, 5) and (out[0] == 20).all() and (out[1:] == ZERO_TOKEN).all()

@@ -24,7 +24,7 @@ from megaspeech.benchmarks.step import Measured, training
 from megaspeech.checkpoint.moshi import to_moshi
 from megaspeech.config import Config
 from megaspeech.config.presets import PRESETS
-from megaspeech.data.mixture import Batch
+from megaspeech.data.batch import Batch
 from megaspeech.kernels.benchmarks.shapes import MODELS
 from megaspeech.model.counting import count_flops
 from megaspeech.planning.gpus import find_gpu
