@@ -142,6 +142,16 @@ def test_what_the_model_says_is_left_alone_and_its_clock_kept():
     assert Augmenter(section, seed=0, utterances=[spoken]).versions(spoken) == (spoken,)
 
 
+def test_none_is_slowed_to_more_than_can_be_trained_on():
+    section = AugmentationSection(copies=8, speed=1.0)
+    augmenter = Augmenter(section, seed=0, utterances=UNIT)  # of 2 s
+    for most, slowest in ((1.9, 1.052), (2.0, 1.0), (2.1, 0.952)):
+        speeds = [line.heard.plan.speed for line in augmenter.versions(UNIT[0], max_seconds=most)[1:]]
+        assert len(speeds) == 8 and slowest <= min(speeds) and max(speeds) <= 1.1
+    assert augmenter.versions(UNIT[0], max_seconds=1.8) == (UNIT[0],)  # it cannot be: it would have to be faster still
+    assert min(line.heard.plan.speed for line in augmenter.versions(UNIT[0])[1:]) < 0.95
+
+
 def test_two_tasks_of_one_recording_share_what_is_made():
     line = UNIT[0]
     translated = dataclasses.replace(line, task=Task("st", "ja", "en"))
