@@ -84,6 +84,7 @@ def test_a_phrase_of_a_sentence_lasts_as_long_as_its_phonemes_do():
         ("en-us", "?!", "nothing in it sounds"),
         ("mei", "한국어です", r"does not read '한국어'"),
         ("mei", "、。", "nothing in it sounds"),
+        ("mei", "あ" * 300, "a sound without bounds"),
     ],
 )
 def test_what_cannot_be_spoken_is_named(label, text, complaint):
@@ -97,6 +98,8 @@ def test_odd_writing_is_read_all_the_same():
     assert [end > start for start, end in english.times] == [False, True, False, True, True]
     _, words = read_aloud("Hello world、猫 3.5%", voice=voice_called("mei"), sample_rate=RATE)
     assert words == ("Hello world、", "猫", "3.5%")
+    _, words = read_aloud("はい―いいえ", voice=voice_called("mei"), sample_rate=RATE)
+    assert words == ("はい―", "いいえ")
 
 
 def test_labels_name_voices():
@@ -203,7 +206,7 @@ def test_lines_of_a_speaker_have_one_voice(tmp_path, monkeypatch):
     monkeypatch.setattr(from_text, "read_aloud", heard)
     text = tmp_path / "text.jsonl"
     lines = [{"text": "はい。", "speaker": "A"}, {"text": "いいえ。", "speaker": "A"}, {"text": "Yes.", "lang": "en"}]
-    lines += [{"text": "oui", "lang": "fr"}, {"words": "none"}, "not an object"]
+    lines += [{"text": "oui", "lang": "fr"}, {"words": "none"}, "not an object", {"text": "は\0い"}]
     text.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines) + "{broken\n")
     settings = SpeechSettings("ja", voices="20", audio="wav")
     made = TextToSpeech(text, tmp_path / "made", settings=settings)
@@ -217,7 +220,7 @@ def test_lines_of_a_speaker_have_one_voice(tmp_path, monkeypatch):
     assert voices[0] == voices[1] and voices[2].engine == "espeak"
     assert [line["speaker"] for line in manifest[:2]] == ["A", "A"] and "drawn" in manifest[2]["speaker"]
     summary, missing = made.summary()
-    assert missing == 0 and summary.num_utterances == 3 and summary.rejected.total() == 4
+    assert missing == 0 and summary.num_utterances == 3 and summary.rejected.total() == 5
 
 
 def test_another_text_or_folder_is_refused(english, tmp_path):
