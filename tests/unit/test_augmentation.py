@@ -220,7 +220,7 @@ def test_files_that_are_not_there_are_named(tmp_path):
 
 def test_a_whole_unit_as_the_preparation_does_it(noises):
     """Plans first, then what they need is decoded once, then every waveform; windows of any size give the same."""
-    section = ALL.model_copy(update={"noise": 0.5, "noise_files": str(noises)})
+    section = ALL.model_copy(update={"noise": 0.5, "noise_files": str(noises), "reverberation": (0.2, 0.25)})
     recordings = [version.heard for version in _versions(section)]
     waveforms = {one.heard: _speech(2.0, seed=number) for number, one in enumerate(UNIT)}
     waveforms |= {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -168,3 +169,17 @@ def test_silence_stays_silence(length):
     plan = Plan(1, room=ROOM, layers=(Layer("noise", (OTHER,), (0.0,), 0.0),), telephone=True)
     silence = np.zeros(length, dtype=np.float32)
     assert not alter(silence, plan, sample_rate=RATE, background={OTHER: _speech()}).any()
+
+
+@pytest.mark.parametrize(
+    "package, plan",
+    [
+        ("soxr", Plan(1, speed=1.1)),
+        ("scipy.signal", Plan(1, telephone=True)),
+        ("pyroomacoustics", Plan(1, room=Room((5.0, 4.0, 3.0), (1.0, 1.0, 1.0), (2.0, 2.0, 1.0), 0.2))),
+    ],
+)
+def test_a_package_that_lacks_is_named(package, plan, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=r"pip install megaspeech\[augmentation\]"):
+        alter(_speech(0.2), plan, sample_rate=RATE, background={})
