@@ -35,7 +35,7 @@ RECIPES := bf16,fp8-delayed,fp8-tensorwise,fp8-blockwise
 gpu: ## what needs a GPU: its tests, recipes compared, the benchmarks (where CUDA is, not in .venv)
 	$(PYTHON) -m pytest -m gpu tests/gpu
 	$(PYTHON) -m pytest tests/unit/test_transformer_engine.py
-	$(MAKE) runs/quickstart/shards/valid PYTHON=$(PYTHON)
+	$(MAKE) runs/quickstart/shards/rejected.jsonl PYTHON=$(PYTHON)
 	$(PYTHON) tools/compare_recipes.py examples/quickstart/config.toml optimizer.lr=5e-4 \
 	  model.transformer_impl=transformer_engine --output runs/recipes --json docs/measurements/recipes_gpu.json
 	$(PYTHON) kernels/benchmarks/run.py --output docs/measurements
@@ -46,10 +46,9 @@ gpu: ## what needs a GPU: its tests, recipes compared, the benchmarks (where CUD
 	$(PYTHON) tools/measure_codecs.py --batches 1,8,32,128 --json docs/measurements/codec_speed_gpu.json
 
 # The digits to train on. Where espeak-ng or DALI is missing: carry runs/quickstart/{shards,codec,tokenizer.model} there.
-runs/quickstart/shards/valid:
+runs/quickstart/shards/rejected.jsonl:
 	$(PYTHON) examples/quickstart/corpus.py runs/quickstart/corpus
-	$(PYTHON) tools/prepare_data.py examples/quickstart/config.toml runs/quickstart/corpus/train.jsonl \
-	  runs/quickstart/corpus/valid.jsonl
+	$(PYTHON) tools/prepare_data.py examples/quickstart/config.toml
 
 image: ## the GPU image, by Docker (docker/README.md)
 	docker build $(shell sed -n 's/^[A-Z_]*=/--build-arg &/p' docker/versions.env) -f docker/Dockerfile -t megaspeech .

@@ -1,116 +1,135 @@
-"""Manifests to shards: `python tools/prepare_data.py CONFIG.toml TRAIN.jsonl VALID.jsonl [section.field=value ...]`.
+"""Audio people have to shards: `python tools/prepare_data.py CONFIG.toml [section.field=value ...]`.
 
-Reads NeMo JSONL (megaspeech/preparation/manifests/nemo.py), decodes with DALI, and writes `data.directory`/train and
-/valid, one shard a task. What is missing is made from the training manifest first: the `spectral` codec is fitted and
-saved in `codec.path`, the tokenizer trained and saved in `data.tokenizer`. What is there is kept, so a killed run goes
-on.
+The config's `[[sources]]` name manifests, or folders of audio; `data.directory`/{train,valid}/SOURCE/TASK get the
+samples, in units of `preparation.lines_per_shard` lines. What cannot be used is set aside in
+`data.directory`/rejected.jsonl with its reason. Killed at any moment and started again, it goes on; units that are done
+are kept.
+
+The `spectral` codec is fitted and the tokenizer trained first, where they are missing: `--fit` does that and no more.
+Array tasks (`--array I/N`, or those of a Slurm job array) share the units out by themselves, and need both to be there.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
-FIT_RECORDINGS = 1500
 
-
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run; returns the exit status."""
-    if len(arguments) < 3:
-        print(__doc__)
-        return 2
+    options = _parse(arguments)
     warnings.filterwarnings("ignore")
     from megaspeech.config import read_config
 
     try:
-        config = read_config(arguments[0], arguments[3:])
-        _prepare(config, train=Path(arguments[1]), valid=Path(arguments[2]))
-    except (ValueError, ImportError) as error:
+        return _prepare(read_config(options.config, options.overrides), options)
+    except (ValueError, ImportError, OSError) as error:
         print(f"prepare_data: {error}", file=sys.stderr)
         return 1
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    parser.add_argument("--array", metavar="I/N", help="do every N-th unit, from I on (0 <= I < N)")
+    parser.add_argument("--fit", action="store_true", help="make codec and tokenizer where they are missing, no shards")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be made")
+    parser.add_argument("--timeline", type=Path, help="when decoder and encoder worked: a .png or a Chrome trace .json")
+    return parser.parse_intermixed_args(arguments)
+
+
+def share_of(array: str | None, environment: Mapping[str, str]) -> tuple[int, int]:
+    """(I, N) of `--array I/N`, else of the Slurm array task that the environment tells of, else (0, 1).
+
+    Raises:
+        ValueError: it is not I/N with 0 <= I < N.
+    """
+    if array is None and (count := environment.get("SLURM_ARRAY_TASK_COUNT")):
+        # By modulo, so that arrays from 1 do as well as those from 0.
+        return int(environment["SLURM_ARRAY_TASK_ID"]) % int(count), int(count)
+    index, _, count = (array or "0/1").partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise ValueError(f"--array {array}: is not I/N with 0 <= I < N, such as 0/8 for the first of eight")
+    return int(index), int(count)
+
+
+def _prepare(config, options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from megaspeech.preparation import fitting
+    from megaspeech.preparation.prepare import Preparation
+    from megaspeech.preparation.report import report
+    from megaspeech.preparation.sources import list_units
+
+    if not config.sources:
+        raise ValueError(f"{options.config}: there are no [[sources]]; name the manifests, or folders, to prepare")
+    index, count = share_of(options.array, os.environ)
+    console, units = Console(), list_units(config.sources, lines_per_shard=config.preparation.lines_per_shard)
+    if options.dry_run:
+        return _estimate(config, units, console=console)
+    if count > 1 and not options.fit and (missing := fitting.what_is_missing(config)):
+        raise ValueError(
+            f"{missing[0]}: there is nothing in {_value(config, missing[0])!r} yet; run tools/prepare_data.py "
+            f"{options.config} --fit once, before the array"
+        )
+    fitting.make_what_is_missing(config, units, say=console.print)
+    if options.fit:
+        return 0
+    codec, tokenizer = fitting.load_codec_and_tokenizer(config)
+    preparation = Preparation(config, codec=codec, tokenizer=tokenizer, say=console.print)
+    mine = units[index::count]
+    with _Progress(num_lines=sum(unit.num_lines for unit in mine)) as progress:
+        preparation.run(mine, advance=progress.advance)
+    if options.timeline:
+        preparation.timeline.write(options.timeline)
+    is_finished = preparation.store.finish(units)
+    console.print(report(preparation.store, mine, frame_rate=codec.frame_rate, timeline=preparation.timeline))
+    left = 0 if is_finished else len(preparation.store.missing(units))
+    console.print(f"{left} units are left for other tasks" if left else f"all {len(units)} units are done")
     return 0
 
 
-def _prepare(config, *, train: Path, valid: Path) -> None:
-    from megaspeech.codecs.registry import load_codec
-    from megaspeech.data.tokenizer import Tokenizer
-    from megaspeech.preparation.manifests.nemo import read_manifest
-
-    manifests = {"train": read_manifest(train), "valid": read_manifest(valid)}
-    if not (Path(config.codec.path) / "codec.json").is_file():
-        _fit_codec(config, manifests["train"])
-    if not Path(config.data.tokenizer).is_file():
-        _train_tokenizer(config, manifests["train"])
-    codec, tokenizer = load_codec(config.codec.path), Tokenizer.load(config.data.tokenizer)
-    for split, utterances in manifests.items():
-        if not (Path(config.data.directory) / split).is_dir():  # it appears when all of it is written
-            _write_shards(config, split, utterances, codec=codec, tokenizer=tokenizer)
+def _value(config, key: str) -> str:
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
 
 
-def _fit_codec(config, utterances) -> None:
-    """Fit the spectral codec on a share of the recordings."""
-    import numpy as np
-    from tqdm import tqdm
+def _estimate(config, units, *, console) -> int:
+    from megaspeech.preparation.estimate import estimate, estimate_table
+    from megaspeech.preparation.fitting import frame_rate_of
 
-    from megaspeech.codecs.spectral import SpectralCodec, SpectralConfig
-    from megaspeech.preparation.decode import Rejection, decode_files
-    from megaspeech.preparation.prepare import recordings_of
-
-    if config.codec.name != SpectralCodec.name:
-        raise ValueError(
-            f"codec.path: there is no codec in {config.codec.path!r}, and {config.codec.name!r} is not fitted"
-        )
-    sizes = SpectralConfig(num_codebooks=config.streams.num_codebooks, cardinality=config.streams.cardinality)
-    recordings = recordings_of(utterances)
-    chosen = np.random.default_rng(config.run.seed).permutation(len(recordings))[:FIT_RECORDINGS]
-    decoded = decode_files([recordings[index].path for index in chosen], sample_rate=sizes.sample_rate)
-    results = [result for _, result in tqdm(decoded, "decoded by DALI", len(chosen))]
-    waveforms = [result for result in results if not isinstance(result, Rejection)]
-    if not waveforms:
-        raise ValueError(f"{results[0].path}: {results[0].reason}; and no other recording of the manifest can be read")
-    codec = SpectralCodec.fit(waveforms, config=sizes)
-    codec.save(config.codec.path)
-    minutes = sum(map(len, waveforms)) / codec.sample_rate / 60
-    print(
-        f"spectral codec fitted on {minutes:.0f} minutes: {codec.num_codebooks} codebooks of {codec.cardinality} at "
-        f"{codec.frame_rate} frames a second"
-    )
+    console.print(estimate_table(estimate(config, units, frame_rate=frame_rate_of(config))))
+    return 0
 
 
-def _train_tokenizer(config, utterances) -> None:
-    from megaspeech.data.tokenizer import train_tokenizer
+class _Progress:
+    """A bar by hours of audio; how many there are in all is guessed from the lines done."""
 
-    texts = [utterance.text for utterance in utterances]
-    languages = {utterance.task.target for utterance in utterances}
-    tokenizer = train_tokenizer(texts, vocabulary_size=config.streams.text_cardinality, languages=languages)
-    path = Path(config.data.tokenizer)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(tokenizer.model)
-    print(f"tokenizer of {tokenizer.vocabulary_size} pieces trained on {len(texts):,} texts")
+    def __init__(self, *, num_lines: int) -> None:
+        from tqdm import tqdm
 
+        self._num_lines, self._lines = num_lines, 0.0
+        shown = "{desc}: {n:.2f} of about {total:.2f} h |{bar}| {elapsed}<{remaining}"
+        self._bar = tqdm(desc="audio prepared", total=0.0, bar_format=shown)
 
-def _write_shards(config, split: str, utterances, *, codec, tokenizer) -> None:
-    from tqdm import tqdm
+    def __enter__(self) -> _Progress:
+        return self
 
-    from megaspeech.preparation.prepare import prepare_shards
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
 
-    headers = prepare_shards(
-        utterances,
-        Path(config.data.directory) / split,
-        config=config,
-        codec=codec,
-        tokenizer=tokenizer,
-        progress=lambda recordings, total: tqdm(recordings, f"{split}: recordings encoded", total),
-    )
-    hours = sum(header.num_frames for header in headers.values()) / codec.frame_rate / 3600
-    samples = sum(header.num_samples for header in headers.values())
-    lost = len(utterances) - samples
-    print(
-        f"{split}: {samples:,} samples of {len(headers)} tasks, {hours:.1f} h"
-        + (f"; {lost} left out, see {config.data.directory}/{split}/rejected.jsonl" if lost else "")
-    )
+    def advance(self, lines: float, seconds: float) -> None:
+        """So much more is done."""
+        self._lines += lines
+        hours = self._bar.n + seconds / 3600
+        self._bar.total = hours * self._num_lines / self._lines if self._lines else hours
+        self._bar.update(seconds / 3600)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -26,7 +26,11 @@ import numpy as np
 import soundfile
 from script import OWN_VOICE, SPOKEN, WRITTEN, Clip, CorpusSettings, draw_clips
 from tqdm import tqdm
-from voices import SAMPLE_RATE, Speech, Voice, lay, speak
+
+from megaspeech.preparation.synthesis.speech import Speech, Voice, lay
+from megaspeech.preparation.synthesis.words import speak
+
+SAMPLE_RATE = 16000  # Hz
 
 RECIPE = 2  # raised when the same settings make another corpus, so that an old one is made anew
 GROUP = 20  # clips a process makes between two steps of the progress bar
@@ -43,13 +47,13 @@ def _pad(speech: Speech, *, lead: float, length: float) -> Speech:
     """Put the first word's sound at `lead` seconds and bring the whole to at least `length` seconds."""
     placed = lay([speech], starts=[lead])
     missing = round(length * SAMPLE_RATE) - len(placed.samples)
-    return Speech(np.pad(placed.samples, (0, max(0, missing))), placed.times)
+    return dataclasses.replace(placed, samples=np.pad(placed.samples, (0, max(0, missing))))
 
 
 @functools.cache
 def _own_word(word: str, language: str) -> Speech:
     """A word alone in the model's voice."""
-    return speak([word], voice=OWN_VOICE[language])
+    return speak([word], voice=OWN_VOICE[language], sample_rate=SAMPLE_RATE)
 
 
 def _own_words(digits: str, *, language: str, earliest: Sequence[float], gap: float) -> Speech:
@@ -72,8 +76,9 @@ def _say(clip: Clip) -> tuple[Speech, Speech | None]:
         return _pad(speech, lead=0.0, length=min(speech.times[-1][1] + clip.trail, clip.longest)), None
     for hurry in (1.0, 1.15, 1.3, 1.5, 1.75):
         words = [SPOKEN[clip.language][int(digit)] for digit in clip.digits]
+        gaps = [gap / hurry for gap in clip.gaps]
         speech = speak(
-            words, voice=clip.voice, pace=clip.pace * hurry, pitch=clip.pitch, gaps=[gap / hurry for gap in clip.gaps]
+            words, voice=clip.voice, pace=clip.pace * hurry, pitch=clip.pitch, gaps=gaps, sample_rate=SAMPLE_RATE
         )
         speech = lay([speech], starts=[clip.lead])
         answer = None

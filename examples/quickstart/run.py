@@ -98,13 +98,13 @@ def _run(config, directory: Path, overrides: list[str], *, settings: list[str]) 
         lambda: _command(HERE / "corpus.py", corpus, *settings),
         done=(corpus / "corpus.json").is_file(),
     )
-    manifests = (corpus / "train.jsonl", corpus / "valid.jsonl")
+    manifests = [f"sources.digits.{split}={corpus / split}.jsonl" for split in ("train", "valid")]
     stages.run(
         "codec, tokenizer and shards",
         lambda: _command(
             TOOLS / "prepare_data.py", HERE / "config.toml", *manifests, *overrides, threads=os.cpu_count()
         ),
-        done=(Path(config.data.directory) / "valid").is_dir(),
+        done=(Path(config.data.directory) / "rejected.jsonl").is_file(),
     )
     store = CheckpointStore(Path(config.run.directory) / "checkpoints", config=config)
     steps = config.training.train_steps

@@ -8,8 +8,10 @@ validation split.
 from dataclasses import dataclass
 
 import numpy as np
-from variants import DRAWN, TEST_VARIANTS, TRAIN_VARIANTS, VALID_VARIANTS
-from voices import Voice
+from people import TEST_VARIANTS, TRAIN_VARIANTS, VALID_VARIANTS
+
+from megaspeech.preparation.synthesis.speech import Voice
+from megaspeech.preparation.synthesis.variants import DRAWN
 
 ENGLISH = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 JAPANESE = ("零", "一", "二", "三", "四", "五", "六", "七", "八", "九")
@@ -87,7 +89,7 @@ class Clip:
     Attributes:
         kind: "heard", "own" or "pair".
         gaps, lead, trail: seconds of silence between, before and after the words.
-        pace, pitch: as in `voices.speak`.
+        pace, pitch: as in `words.speak`.
         peak_db: level of the loudest sample, dB of full scale.
         snr: dB of speech over noise while words sound; None for none.
         pink: pink noise rather than white.

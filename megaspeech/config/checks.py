@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megaspeech.config.computation import expand_layout
+from megaspeech.config.preparation import augmentation_faults
 
 EMBEDDING_ROWS_MULTIPLE = 128
 """Rows of the stream embedding table are padded to this, whatever the layout, so that every layout saves one shape."""
@@ -328,6 +329,6 @@ def _streams(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
 
 CHECKS = (
     *(_kernels, _graphs, _profile, _precision, _optimizer, _user_buffers, _layout),
-    *(_heads, _layers, _experts, _vocabulary, _batch, _packing, _streams),
+    *(_heads, _layers, _experts, _vocabulary, _batch, _packing, _streams, augmentation_faults),
 )
 """Each takes the sections and the world size, and yields the faults it finds."""

@@ -37,7 +37,8 @@ def read_config(path: str | Path, overrides: Iterable[str] = (), *, world_size: 
 
     Args:
         path: the TOML file.
-        overrides: strings `section.field=value`; the value is TOML, or a plain string where TOML has no such value.
+        overrides: strings `section.field=value`, or `sources.NAME.field=value`; the value is TOML, or a plain string
+            where TOML has no such value.
         world_size: number of ranks; the layout is checked against it when given.
 
     Raises:
@@ -70,18 +71,24 @@ def _apply_override(tables: dict[str, Any], override: str, faults: list[str]) ->
     if not (equals and dot and section and field):
         faults.append(f"{override!r}: overrides are written section.field=value, for example training.train_steps=100")
         return
-    name, nested, _ = field.partition(".")
-    if nested:
+    table: Any = None
+    if section == "sources":
+        name, _, field = field.rpartition(".")
+        tables_of_sources = [table for table in tables.get("sources", []) if isinstance(table, dict)]
+        table = next((table for table in tables_of_sources if table.get("name") == name), None)
+        if table is None:
+            faults.append(f"{key}: no [[sources]] of the name {name!r}; overrides of one are sources.NAME.field=value")
+    elif "." in field:
         faults.append(
             f"{key}: overrides are section.field=value, with one dot; "
-            f"a whole table is written {section}.{name}={{key = value, ...}}"
+            f"a whole table is written {section}.{field.partition('.')[0]}={{key = value, ...}}"
         )
-        return
+    else:
+        table = tables.setdefault(section, {})
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare word: a path, a name
-    table = tables.setdefault(section, {})
     if isinstance(table, dict):  # else the file has a value where a section should be: `_build` says so
         table[field] = value
 

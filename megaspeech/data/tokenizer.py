@@ -237,7 +237,8 @@ def _train(texts: Sequence[str], vocabulary_size: int, *, symbols: Sequence[str]
             eos_id=2,
             pad_id=3,
             control_symbols=list(symbols),  # which no text is encoded to, though it may hold "<en>"
-            max_sentence_length=max(len(text.encode()) for text in texts),  # longer ones would be left out in silence
+            # Longer ones would be left out in silence; less than 10 is refused.
+            max_sentence_length=max(10, *(len(text.encode()) for text in texts)),
             num_threads=1,  # more threads sum in another order: the model would differ from run to run
             minloglevel=2,
         )

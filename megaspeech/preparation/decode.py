@@ -1,188 +1,284 @@
-"""Audio files as waveforms, by NVIDIA DALI on the CPU: WAV, FLAC and Ogg, mixed down and resampled.
+"""Recordings as waveforms: whole WAV, FLAC and Ogg files by NVIDIA DALI on the CPU, all else by soundfile or PyAV.
 
 DALI needs no GPU or driver for this. In its pipelines one bad file fails the whole batch, so the bytes of every file
-are looked at before they enter; a batch that fails nevertheless is decoded again file by file. Shapes: N samples.
+are looked at before they enter; a batch that fails nevertheless is decoded again file by file. What a recording asks
+for (a stretch, a channel) and what it must keep to (`audio_checks.Limits`) is seen to here. Shapes: N samples, C
+channels.
 """
 
 import io
-import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-_UNKNOWN_SIZES = (0, 0xFFFFFFFF)  # what programs that write a WAV to a pipe leave in its header
-_OGG_LAST_PAGE = 0x04
+from megaspeech.preparation.audio_checks import (
+    SHORTFALL,
+    Limits,
+    container_fault,
+    damaged,
+    length_fault,
+    waveform_fault,
+)
+from megaspeech.preparation.loudness import Loudness
+from megaspeech.preparation.other_formats import (
+    BY_DALI,
+    AudioFaultError,
+    StretchReader,
+    import_soundfile,
+    open_audio,
+    read_bytes,
+)
+from megaspeech.preparation.utterance import Recording
+
+BATCH_SIZE = 32  # recordings that are decoded together
 
 
 @dataclass(frozen=True)
 class Rejection:
-    """A file that could not be decoded, and why, in words for a person."""
+    """A recording that cannot be used, and why, in words for a person; the first are what `audio_checks` lists."""
 
     path: Path
     reason: str
 
 
 def decode_files(
-    paths: Sequence[Path], *, sample_rate: int, batch_size: int = 32, num_threads: int = 1
+    paths: Sequence[Path], *, sample_rate: int, batch_size: int = BATCH_SIZE, num_threads: int = 1
 ) -> Iterator[tuple[int, np.ndarray | Rejection]]:
-    """Decode audio files in order.
+    """Decode whole audio files in order, as `Decoder.decode` does recordings."""
+    decoder = Decoder(sample_rate=sample_rate, batch_size=batch_size, num_threads=num_threads)
+    return decoder.decode([Recording(Path(path)) for path in paths])
+
+
+class Decoder:
+    """Decodes recordings, mixed down and resampled, with `num_threads` threads.
 
     Args:
-        paths: WAV, FLAC or Ogg files of any rate and number of channels.
         sample_rate: Hz, of what is returned.
-        batch_size: files that are decoded together.
-        num_threads: DALI's threads, which share a batch.
-
-    Yields:
-        (index in `paths`, waveform float32 `[N]`, mono, full scale 1.0), or a `Rejection` in its place if the file is
-        missing, empty, truncated, of another type, or holds NaN or infinity. One bad file does not touch the others.
+        batch_size: recordings that are decoded together.
+        num_threads: that share a batch.
+        limits: what a waveform must keep to.
+        loudness: LUFS that every recording is brought to; None leaves it.
+        say: told once of every format that DALI does not read.
 
     Raises:
-        ImportError: DALI or soundfile is not installed.
+        ImportError: DALI, soundfile, or what `loudness` needs is not installed.
         ValueError: `sample_rate`, `batch_size` or `num_threads` is not positive.
     """
-    for key, value in (("sample_rate", sample_rate), ("batch_size", batch_size), ("num_threads", num_threads)):
-        if value <= 0:
-            raise ValueError(f"{key}: {value} is not positive; give a positive whole number")
-    decoder = _Decoder(sample_rate=sample_rate, batch_size=batch_size, num_threads=num_threads)
-    return _decode(list(map(Path, paths)), decoder=decoder)
+
+    def __init__(
+        self,
+        *,
+        sample_rate: int,
+        batch_size: int = BATCH_SIZE,
+        num_threads: int = 1,
+        limits: Limits | None = None,
+        loudness: float | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        for key, value in (("sample_rate", sample_rate), ("batch_size", batch_size), ("num_threads", num_threads)):
+            if value <= 0:
+                raise ValueError(f"{key}: {value} is not positive; give a positive whole number")
+        self.sample_rate, self.batch_size = sample_rate, batch_size
+        self._limits = limits or Limits()
+        self._loudness = None if loudness is None else Loudness(loudness, rate=sample_rate)
+        self._say, self._said = say or (lambda _: None), set()
+        self._pipelines = {
+            downmix: _Pipeline(sample_rate, batch_size=batch_size, num_threads=num_threads, downmix=downmix)
+            for downmix in (True, False)
+        }
+        self._reader = StretchReader(limits=self._limits)
+        self.threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+        import_soundfile()
+
+    def decode(self, recordings: Sequence[Recording]) -> Iterator[tuple[int, np.ndarray | Rejection]]:
+        """Decode recordings in order; those of one file that stand together share what there is to share.
+
+        Yields:
+            (index in `recordings`, waveform float32 `[N]`, mono, full scale 1.0), or a `Rejection` in its place for any
+            of the reasons of `audio_checks`. One bad file does not touch the others.
+        """
+        for first in range(0, len(recordings), self.batch_size):
+            batch = recordings[first : first + self.batch_size]
+            self._reader.keep_only({(recording.path, recording.span) for recording in batch})
+            for offset, result in enumerate(self._decode_batch(batch)):
+                yield first + offset, result
+
+    def forget(self) -> None:
+        """Close all files, so that what comes next does not depend, even in the last bit, on what was before."""
+        self._reader.keep_only(())
+
+    def _decode_batch(self, batch: Sequence[Recording]) -> list[np.ndarray | Rejection]:
+        files: dict[tuple, list[int]] = {}
+        for index, recording in enumerate(batch):
+            files.setdefault((recording.path, recording.span), []).append(index)
+        groups = [[batch[index] for index in indices] for indices in files.values()]
+        read = list(self.threads.map(self._read, groups))
+        for downmix, pipeline in self._pipelines.items():
+            whole = [one for one in read if isinstance(one, _Whole) and one.downmix is downmix]
+            for one, waveform in zip(whole, pipeline(whole), strict=True):
+                one.waveform = waveform
+        results: dict[int, np.ndarray | Rejection] = {}
+        for indices, finished in zip(files.values(), self.threads.map(self._finish, groups, read), strict=True):
+            results.update(zip(indices, finished, strict=True))
+        return [results[index] for index in range(len(batch))]
+
+    def _read(self, group: Sequence[Recording]) -> "_Whole | list[_Samples | str]":
+        """One file: its bytes for DALI, or what soundfile or PyAV made of each recording."""
+        if all(recording.start == 0 and recording.end is None for recording in group):
+            try:
+                whole = self._read_whole(group[0], channels={recording.channel for recording in group})
+            except AudioFaultError as fault:
+                return [str(fault)] * len(group)
+            if whole is not None:
+                return whole
+        samples: dict[Recording, _Samples | str] = {}
+        for recording in sorted(group, key=lambda one: one.start):  # forward, for those that can be read so only
+            samples[recording] = self._read_stretch(recording)
+        return [samples[recording] for recording in group]
+
+    def _read_whole(self, recording: Recording, *, channels: set[int | None]) -> "_Whole | None":
+        """The bytes of a file that looks whole; None where DALI does not read its format. Raises AudioFaultError."""
+        content = read_bytes(recording)
+        if fault := container_fault(content):
+            raise AudioFaultError(fault)
+        file = open_audio(io.BytesIO(content))
+        if file is None or file.format not in BY_DALI:
+            return None
+        if fault := length_fault(file.frames / file.samplerate, limits=self._limits):
+            raise AudioFaultError(fault)
+        downmix = file.channels == 1 or channels == {None}
+        return _Whole(np.frombuffer(content, dtype=np.uint8), file.frames / file.samplerate, file.channels, downmix)
+
+    def _read_stretch(self, recording: Recording) -> "_Samples | str":
+        try:
+            samples_NC, rate, told = self._reader.read(recording)
+        except AudioFaultError as fault:
+            return str(fault)
+        if told and told not in self._said:
+            self._said.add(told)
+            format_name, _, package = told.partition(": ")
+            self._say(f"{format_name}: DALI does not read it; decoded by {package}")
+        return _Samples(samples_NC, rate)
+
+    def _finish(
+        self, group: Sequence[Recording], read: "_Whole | list[_Samples | str]"
+    ) -> list[np.ndarray | Rejection]:
+        parts = [read] * len(group) if isinstance(read, _Whole) else read
+        return [self._finish_one(recording, part) for recording, part in zip(group, parts, strict=True)]
+
+    def _finish_one(self, recording: Recording, read: "_Whole | _Samples | str") -> np.ndarray | Rejection:
+        """One recording's waveform: its channel, at the rate asked for, checked, at the loudness asked for."""
+        if not isinstance(read, str):
+            read = read.mono(recording.channel, rate=self.sample_rate)
+        if not isinstance(read, str):
+            fault = waveform_fault(read, recording=recording, rate=self.sample_rate, limits=self._limits)
+            if fault is None:
+                return read if self._loudness is None else self._loudness.apply(read)
+            read = fault
+        return Rejection(recording.path, read)
 
 
-def _decode(paths: list[Path], *, decoder: "_Decoder") -> Iterator[tuple[int, np.ndarray | Rejection]]:
-    for first in range(0, len(paths), decoder.batch_size):
-        batch = paths[first : first + decoder.batch_size]
-        encoded = [_read(path) for path in batch]
-        waveforms = iter(decoder([one for one in encoded if isinstance(one, _Encoded)]))
-        for offset, (path, one) in enumerate(zip(batch, encoded, strict=True)):
-            result = (
-                Rejection(path, one)
-                if isinstance(one, str)
-                else _check(path, one, next(waveforms), rate=decoder.sample_rate)
-            )
-            yield first + offset, result
+@dataclass
+class _Whole:
+    """A file for DALI: its bytes, what its header says, and then DALI's waveform or words."""
+
+    content: np.ndarray
+    seconds: float
+    num_channels: int
+    downmix: bool
+    waveform: np.ndarray | str = ""
+
+    def mono(self, channel: int | None, *, rate: int) -> np.ndarray | str:
+        """`[N]`, or why there is none."""
+        if isinstance(self.waveform, str):
+            return self.waveform
+        if len(self.waveform) / rate < self.seconds - SHORTFALL:
+            return damaged(self.seconds)
+        return _channel(self.waveform, channel, num_channels=self.num_channels)
 
 
 @dataclass(frozen=True)
-class _Encoded:
-    """The bytes of a file that looks whole, with the length and rate that it declares."""
+class _Samples:
+    """`[N, C]` as soundfile or PyAV read them, at the file's own rate."""
 
-    content: np.ndarray
-    num_samples: int
+    samples_NC: np.ndarray
     rate: int
 
+    def mono(self, channel: int | None, *, rate: int) -> np.ndarray | str:
+        """`[N]`, or why there is none."""
+        mono_N = _channel(self.samples_NC, channel, num_channels=self.samples_NC.shape[1])
+        return mono_N if isinstance(mono_N, str) or self.rate == rate else _resample(mono_N, self.rate, rate)
 
-def _read(path: Path) -> "_Encoded | str":
-    """The file's bytes, or why they shall not reach DALI."""
-    import soundfile
 
+def _channel(samples: np.ndarray, channel: int | None, *, num_channels: int) -> np.ndarray | str:
+    if channel is not None and channel >= num_channels:
+        return f"no such channel: {channel} of a file with {num_channels}, counted from 0"
+    if samples.ndim == 1:
+        return samples
+    return samples.mean(1, dtype=np.float32) if channel is None else np.ascontiguousarray(samples[:, channel])
+
+
+def _resample(waveform_N: np.ndarray, before: int, after: int) -> np.ndarray:
     try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return "missing: there is no such file"
-    except OSError as error:
-        return f"unreadable: {error.strerror}"
-    if not content:
-        return "empty: the file has no bytes"
-    try:
-        info = soundfile.info(io.BytesIO(content))
-    except soundfile.LibsndfileError as error:
-        return f"not audio that can be decoded (WAV, FLAC or Ogg): {error.error_string}"
-    if info.format not in ("WAV", "WAVEX", "FLAC", "OGG"):
-        return f"wrong type: {info.format} is not WAV, FLAC or Ogg"
-    if complaint := _truncation(content):
-        return f"truncated: {complaint}"
-    if info.frames <= 0:
-        return "empty: the file has no samples"
-    return _Encoded(np.frombuffer(content, dtype=np.uint8), info.frames, info.samplerate)
+        import soxr
+    except ImportError as error:
+        raise ImportError(
+            f"stretches of files and formats that DALI does not read need soxr ({error}): pip install megaspeech[data]"
+        ) from None
+    return soxr.resample(waveform_N, before, after).astype(np.float32, copy=False)
 
 
-def _truncation(content: bytes) -> str | None:
-    """What the container itself says is lacking at the end, if anything; FLAC is judged by what it decodes to."""
-    if content[:4] == b"RIFF":
-        (size,) = struct.unpack("<I", content[4:8])
-        declared = size + 8
-        # One byte less is usual: some writers count the padding of an odd chunk and leave it out.
-        if size not in _UNKNOWN_SIZES and declared > len(content) + 1:
-            return f"{len(content)} bytes of the {declared} that its header declares"
-    if content[:4] == b"OggS":
-        page = content[content.rfind(b"OggS") :]
-        header = 27 + (page[26] if len(page) > 26 else 0)  # RFC 3533: the header ends with a table of segment lengths
-        if len(page) < header + sum(page[27:header]) or not page[5] & _OGG_LAST_PAGE:
-            return "the last page of the stream is lacking"
-    return None
+class _Pipeline:
+    """DALI's pipeline: bytes of whole files in, waveforms out; it is built when it is first needed."""
 
+    def __init__(self, sample_rate: int, *, batch_size: int, num_threads: int, downmix: bool) -> None:
+        self._sample_rate, self._batch_size, self._num_threads = sample_rate, batch_size, num_threads
+        self._downmix, self._dali, self._pipeline = downmix, _import_dali(), None
 
-def _check(path: Path, encoded: _Encoded, waveform: np.ndarray | str, *, rate: int) -> np.ndarray | Rejection:
-    """A decoded waveform, or why it is not one."""
-    if isinstance(waveform, str):
-        return Rejection(path, f"damaged or truncated: {waveform}")
-    seconds, declared = len(waveform) / rate, encoded.num_samples / encoded.rate
-    if seconds < declared - 0.01:
-        return Rejection(path, f"truncated: {seconds:.2f} s of the {declared:.2f} s that its header declares")
-    if not np.isfinite(waveform).all():
-        return Rejection(path, "holds NaN or infinity")
-    return waveform
-
-
-class _Decoder:
-    """DALI's pipeline: encoded bytes in, waveforms out."""
-
-    def __init__(self, *, sample_rate: int, batch_size: int, num_threads: int) -> None:
-        self.sample_rate, self.batch_size, self._num_threads = sample_rate, batch_size, num_threads
-        self._dali = _import_dali()
-        self._pipeline = self._build(batch_size)
-
-    def _build(self, batch_size: int) -> Any:
+    def _build(self) -> Any:
         from nvidia.dali import fn
 
         pipeline = self._dali.Pipeline(
-            batch_size=batch_size, num_threads=self._num_threads, device_id=None, prefetch_queue_depth=1
+            batch_size=self._batch_size, num_threads=self._num_threads, device_id=None, prefetch_queue_depth=1
         )
         with pipeline:
             encoded = fn.external_source(name="encoded", dtype=self._dali.types.UINT8, ndim=1, no_copy=True)
             waveform, _ = fn.decoders.audio(
-                encoded, downmix=True, sample_rate=float(self.sample_rate), dtype=self._dali.types.FLOAT
+                encoded, downmix=self._downmix, sample_rate=float(self._sample_rate), dtype=self._dali.types.FLOAT
             )
             pipeline.set_outputs(waveform)
         pipeline.build()
         return pipeline
 
-    def __call__(self, batch: Sequence[_Encoded]) -> "list[np.ndarray | str]":
-        """Waveforms in order, or DALI's words where it has none."""
+    def __call__(self, batch: "Sequence[_Whole]") -> list[np.ndarray | str]:
+        """Waveforms in order, `[N]` where mixed down, else `[N, C]`; or why there is none."""
         if not batch:
             return []
+        self._pipeline = self._pipeline or self._build()
         try:
             return self._run(batch)
-        except RuntimeError as error:
-            self._pipeline = self._build(self.batch_size)  # a pipeline that has failed does not run again
-            if len(batch) == 1:
-                return [_reason(error)]
+        except RuntimeError:
+            self._pipeline = None  # a pipeline that has failed does not run again
+            if len(batch) == 1:  # DALI's own words name a line of its source
+                return [damaged(batch[0].seconds)]
             return [self([one])[0] for one in batch]
 
-    def _run(self, batch: Sequence[_Encoded]) -> "list[np.ndarray | str]":
+    def _run(self, batch: "Sequence[_Whole]") -> list[np.ndarray | str]:
         self._pipeline.feed_input("encoded", [one.content for one in batch])
         (waveforms,) = self._pipeline.run()
         # Copied, because DALI uses its buffers again for the next batch.
-        return [np.array(waveforms.at(index), dtype=np.float32).reshape(-1) for index in range(len(batch))]
-
-
-def _reason(error: RuntimeError) -> str:
-    """The line of DALI's message that says what is wrong; the others say where in its source."""
-    text = str(error)
-    lines = [line.strip() for line in text[text.find("encountered:") :].splitlines()]
-    return next((line for line in lines[1:] if line), text)[:200]
+        arrays = [np.array(waveforms.at(index), dtype=np.float32) for index in range(len(batch))]
+        return [array.reshape(-1) for array in arrays] if self._downmix else arrays
 
 
 def _import_dali() -> Any:
     try:
         import nvidia.dali
         import nvidia.dali.types  # the package does not import it by itself
-        import soundfile  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            f"decoding audio needs NVIDIA DALI and soundfile ({error}): pip install megaspeech[data]"
-        ) from None
+        raise ImportError(f"decoding audio needs NVIDIA DALI ({error}): pip install megaspeech[data]") from None
     return nvidia.dali

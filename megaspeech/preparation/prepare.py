@@ -1,89 +1,222 @@
-"""From a manifest to shards: decode, encode, lay the samples out, one shard a task.
+"""From units of manifests to shards: read, decode, encode, lay the samples out, write, each ahead of the next.
 
-Nothing is lost silently: every sample that is left out, because a recording of its cannot be read or it is longer than
-a training sample, is written to `rejected.jsonl` with its reason, and the rest goes on.
+Nothing is lost silently: whatever is left out, because a line is faulty, a recording cannot be used or a sample is
+longer than those that are trained on, is written down with its reason, and the rest goes on.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 
 from megaspeech.codecs.protocol import Codec
 from megaspeech.config import Config
 from megaspeech.config.schema import StreamsSection
-from megaspeech.data.shards import ShardHeader, write_shard
 from megaspeech.data.tokenizer import Tokenizer
-from megaspeech.preparation.compose import compose, shard_header
-from megaspeech.preparation.decode import Rejection, decode_files
+from megaspeech.preparation.alignment import UnusableTextError
+from megaspeech.preparation.audio_checks import Limits
+from megaspeech.preparation.augmentation import others_of
+from megaspeech.preparation.compose import Composed, compose, shard_header
+from megaspeech.preparation.decode import Decoder, Rejection
+from megaspeech.preparation.encoding import Window, decoded_windows, encode_window
+from megaspeech.preparation.reading import is_altered, read_utterances, recordings_of
+from megaspeech.preparation.reading_ahead import ahead
+from megaspeech.preparation.sources import Refused, Unit
+from megaspeech.preparation.timeline import Timeline
+from megaspeech.preparation.units import UnitStore
 from megaspeech.preparation.utterance import Recording, Utterance
 
-ENCODE_BATCH = 64
-Progress = Callable[[Iterable, int], Iterable]
+NOTES = ("moved_words", "frames_past_end", "unknown_pieces")
+"""Counts of `compose.Composed` that add up."""
 
 
-def prepare_shards(
-    utterances: Sequence[Utterance],
-    directory: str | Path,
-    *,
-    config: Config,
-    codec: Codec,
-    tokenizer: Tokenizer,
-    progress: Progress | None = None,
-) -> dict[str, ShardHeader]:
-    """Write one shard a task into `directory`, which appears when all of it is written.
+@dataclass
+class UnitRead:
+    """A unit of which everything is decoded."""
+
+    unit: Unit
+    utterances: list[Utterance]
+    refused: list[Refused]
+    num_recordings: int
+    codes: dict[Recording, np.ndarray] = field(default_factory=dict)
+    unusable: dict[Recording, str] = field(default_factory=dict)
+    """Reasons by recording."""
+    seconds: float = 0.0
+    """Of audio encoded."""
+
+
+class Preparation:
+    """Makes units with one codec and tokenizer.
 
     Args:
-        utterances: a manifest's lines.
-        directory: replaced if it exists.
-        config: names streams, delays and the longest sample.
+        config: of the run.
         codec, tokenizer: what the codes and the text are made with.
-        progress: wraps the iteration over recordings, of which there are so many: a progress bar.
-
-    Returns:
-        Headers by shard name.
+        say: told once of what a person should know.
 
     Raises:
-        ValueError: codec or tokenizer are not those that `[streams]` describes, or no sample is left.
+        ValueError: codec or tokenizer are not those that `[streams]` describes.
+        ImportError: what decodes is not installed.
     """
-    check_sizes(config.streams, codec=codec, tokenizer=tokenizer)
-    directory = Path(directory)
-    aside = directory.with_name(directory.name + ".part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    codes, unreadable = encode_recordings(recordings_of(utterances), codec=codec, progress=progress)
-    samples: dict[str, list[np.ndarray]] = defaultdict(list)
-    rejected: list[dict[str, str]] = []
-    for utterance in utterances:
-        faults = {one.path: unreadable[one] for one in utterance.recordings if one in unreadable}
-        if not faults:
-            sample = compose(utterance, codes, config=config, codec=codec, tokenizer=tokenizer).codes_ST
-            if sample.shape[1] <= config.data.num_frames:
-                samples[utterance.task.key].append(sample)
+
+    def __init__(
+        self, config: Config, *, codec: Codec, tokenizer: Tokenizer, say: Callable[[str], None] | None = None
+    ) -> None:
+        check_sizes(config.streams, codec=codec, tokenizer=tokenizer)
+        self.config, self.codec, self.tokenizer, self.timeline = config, codec, tokenizer, Timeline()
+        self.store = UnitStore(config.data.directory, made_with=self._made_with)
+        self._decoder = Decoder(
+            sample_rate=codec.sample_rate,
+            num_threads=config.preparation.num_threads,
+            limits=limits_of(config, frame_rate=codec.frame_rate),
+            loudness=config.preparation.loudness,
+            say=say,
+        )
+
+    def _made_with(self, unit: Unit) -> dict[str, Any]:
+        return made_with(self.config, unit, codec=self.codec, tokenizer=self.tokenizer)
+
+    def run(self, units: Iterable[Unit], *, advance: Callable[[float, float], None] | None = None) -> None:
+        """Make the units that are not done. `advance` is told of progress: (lines, seconds of audio)."""
+        advance, todo = advance or (lambda lines, seconds: None), []
+        for unit in units:
+            if self.store.is_done(unit):
+                advance(unit.num_lines, self.store.totals(unit).seconds)
+            else:
+                todo.append(unit)
+        with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
+            writing: list[Future] = []
+            for read in self._encoded(todo, advance=advance):
+                if writing:  # no more than one waits to be written
+                    writing.pop().result()
+                writing.append(writer.submit(self._write, read))
+            for last in writing:
+                last.result()
+
+    def _encoded(self, units: Sequence[Unit], *, advance: Callable[[float, float], None]) -> Iterator[UnitRead]:
+        """Units with the codes of all of their recordings, while those after them are decoded."""
+        most, lines = self.config.preparation.batch_seconds, 0.0
+        for read, window in ahead(self._decoded(units), timeline=self.timeline):
+            if window is None:
+                advance(read.unit.num_lines - lines, 0.0)
+                lines = 0.0
+                yield read
                 continue
-            length = f"{sample.shape[1]} frames with prompt and delays"
-            faults = {utterance.recordings[0].path: f"{length}, more than data.num_frames = {config.data.num_frames}"}
-        for path, reason in faults.items():
-            rejected.append({"path": str(path), "task": utterance.task.key, "reason": reason})
-    if not samples:
-        reasons = sorted({line["reason"] for line in rejected})
-        raise ValueError(f"{directory}: no sample is left; the reasons: {reasons[:3]}")
-    headers = {}
-    for key, rows in samples.items():
-        header = shard_header(key, config=config, codec=codec, tokenizer=tokenizer)
-        headers[key] = write_shard(aside / key, rows, header=header)
-    with (aside / "rejected.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in rejected)
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(aside, directory)
-    return headers
+            codes = encode_window(window, codec=self.codec, batch_seconds=most, timeline=self.timeline)
+            read.codes.update(codes)
+            read.unusable.update(window.rejected)
+            seconds, share = window.num_samples / self.codec.sample_rate, len(window) / read.num_recordings
+            read.seconds += seconds
+            advance(share * read.unit.num_lines, seconds)
+            lines += share * read.unit.num_lines
+
+    def _decoded(self, units: Sequence[Unit]) -> Iterator[tuple[UnitRead, Window | None]]:
+        """Every window of every unit; None follows a unit's last."""
+        for unit in units:
+            utterances, refused = read_utterances(unit, config=self.config, frame_rate=self.codec.frame_rate)
+            recordings = recordings_of(utterances)
+            read = UnitRead(unit, utterances, refused, num_recordings=len(recordings))
+            for window in decoded_windows(
+                recordings,
+                decoder=self._decoder,
+                settings=self.config.preparation,
+                timeline=self.timeline,
+                background=self._background(recordings, refused=refused),
+            ):
+                yield read, window
+            yield read, None
+
+    def _background(self, recordings: Sequence[Recording], *, refused: list[Refused]) -> dict[Recording, np.ndarray]:
+        """What is heard behind recordings. Of what cannot be decoded, the user's own files are added to `refused`; a
+        recording of the unit is set aside for itself."""
+        others, background = others_of(recordings), {}
+        if not others:
+            return {}
+        own = {(one.path, one.span) for one in recordings}
+        # Nothing is asked of them: a room's response is short and quiet.
+        decoder = Decoder(sample_rate=self.codec.sample_rate, num_threads=self.config.preparation.num_threads)
+        for index, result in decoder.decode(others):
+            if not isinstance(result, Rejection):
+                background[others[index]] = result
+            elif (others[index].path, others[index].span) not in own:
+                refused.append(Refused(str(others[index].path), result.reason))
+        return background
+
+    def _write(self, read: UnitRead) -> None:
+        samples: dict[str, list[np.ndarray]] = defaultdict(list)
+        notes, largest_shift = Counter(), 0
+        rejected = [_rejection(read.unit, path=line.where, reason=line.reason) for line in read.refused]
+        with self.timeline.span("write", f"{read.unit.source.name} {read.unit.number}"):
+            for utterance in read.utterances:
+                composed = self._compose(utterance, read)
+                if isinstance(composed, dict):
+                    task = utterance.task.key
+                    for recording, reason in composed.items():
+                        rejected.append(_rejection(read.unit, path=recording, reason=reason, task=task))
+                    continue
+                samples[utterance.task.key].append(composed.codes_ST)
+                notes.update({name: getattr(composed, name) for name in NOTES})
+                largest_shift = max(largest_shift, composed.largest_shift)
+            self.store.publish(
+                read.unit,
+                samples,
+                header=lambda task: shard_header(task, config=self.config, codec=self.codec, tokenizer=self.tokenizer),
+                rejected=rejected,
+                notes=+notes,
+                largest_shift=largest_shift,
+                seconds=read.seconds,
+            )
+
+    def _compose(self, utterance: Utterance, read: UnitRead) -> Composed | dict[Path, str]:
+        """The sample of a line; or why there is none, by file."""
+        faults = {one.path: read.unusable[one] for one in utterance.recordings if one in read.unusable}
+        if faults:
+            return faults
+        path = utterance.recordings[0].path if utterance.recordings else read.unit.path
+        try:
+            composed = compose(utterance, read.codes, config=self.config, codec=self.codec, tokenizer=self.tokenizer)
+        except UnusableTextError as fault:
+            return {path: str(fault)}
+        num_frames, most = composed.codes_ST.shape[1], self.config.data.num_frames
+        if num_frames > most:
+            return {path: f"too long: {num_frames} frames with prompt and delays, more than data.num_frames = {most}"}
+        return composed
+
+
+def limits_of(config: Config, *, frame_rate: float) -> Limits:
+    """What `[preparation]` asks of audio. What is longer than a training sample is not encoded in the first place."""
+    settings, trained_on = config.preparation, config.data.num_frames / frame_rate
+    is_shorter = trained_on < settings.max_seconds
+    return Limits(
+        min_seconds=settings.min_seconds,
+        max_seconds=trained_on if is_shorter else settings.max_seconds,
+        longest=f"data.num_frames = {config.data.num_frames}" if is_shorter else "preparation.max_seconds",
+        duration_tolerance=settings.duration_tolerance,
+        silence_dbfs=settings.silence_dbfs,
+    )
+
+
+def made_with(config: Config, unit: Unit, *, codec: Codec, tokenizer: Tokenizer) -> dict[str, Any]:
+    """All that a unit's samples depend on beside its lines and audio, by the name that a message shall have."""
+    sections = {
+        "streams": config.streams.model_dump(exclude={"delays"}),  # which the model applies
+        "data": config.data.model_dump(include={"num_frames", "task_delay", "speech_lead"}),
+        "preparation": config.preparation.model_dump(
+            exclude={"num_threads", "device", "batch_seconds", "read_ahead", "fit_recordings"}
+        ),
+        "source": unit.source.model_dump(
+            include={"format", "task", "source_lang", "target_lang", "held_out", "augment"}
+        ),
+    }
+    if is_altered(config, unit):
+        sections["augmentation"] = {**config.augmentation.model_dump(), "seed": config.run.seed}
+    values = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+    return {"codec.fingerprint": codec.fingerprint, "tokenizer.fingerprint": tokenizer.fingerprint, **values}
 
 
 def check_sizes(streams: StreamsSection, *, codec: Codec, tokenizer: Tokenizer) -> None:
@@ -92,15 +225,12 @@ def check_sizes(streams: StreamsSection, *, codec: Codec, tokenizer: Tokenizer) 
     Raises:
         ValueError: names the key of `[streams]`, its value and what it should be.
     """
-    for key, size, what in (
-        ("num_codebooks", codec.num_codebooks, f"codec {codec.name!r} has {codec.num_codebooks} codebooks"),
-        ("cardinality", codec.cardinality, f"codec {codec.name!r} has codebooks of {codec.cardinality}"),
-        ("text_cardinality", tokenizer.vocabulary_size, f"tokenizer has {tokenizer.vocabulary_size} pieces"),
-    ):
+    tokenizer.check_streams(streams)
+    for key, size in (("num_codebooks", codec.num_codebooks), ("cardinality", codec.cardinality)):
         if getattr(streams, key) != size:
             raise ValueError(
-                f"streams.{key} = {getattr(streams, key)}, but the {what}; set streams.{key} = {size}, "
-                f"or make codec and tokenizer anew for these streams"
+                f"streams.{key} = {getattr(streams, key)}, but that of codec {codec.name!r} is {size}; set "
+                f"streams.{key} = {size}, or make the codec anew for these streams"
             )
     if streams.num_given_codebooks > codec.num_codebooks:
         raise ValueError(
@@ -109,43 +239,7 @@ def check_sizes(streams: StreamsSection, *, codec: Codec, tokenizer: Tokenizer) 
         )
 
 
-def encode_recordings(
-    recordings: Sequence[Recording], *, codec: Codec, progress: Progress | None = None
-) -> tuple[dict[Recording, np.ndarray], dict[Recording, str]]:
-    """(codes `[Q, T]` int64, reasons of rejection) by recording."""
-    codes: dict[Recording, np.ndarray] = {}
-    rejected: dict[Recording, str] = {}
-    decoded = decode_files([one.path for one in recordings], sample_rate=codec.sample_rate)
-    for batch in _batched(progress(decoded, len(recordings)) if progress else decoded, ENCODE_BATCH):
-        good = [(recordings[index], samples) for index, samples in batch if not isinstance(samples, Rejection)]
-        rejected.update({recordings[index]: item.reason for index, item in batch if isinstance(item, Rejection)})
-        if good:
-            codes.update(_encode(good, codec=codec))
-    return codes, rejected
-
-
-def recordings_of(utterances: Iterable[Utterance]) -> list[Recording]:
-    """Every recording once, in order: many samples share one."""
-    return list(dict.fromkeys(one for utterance in utterances for one in utterance.recordings))
-
-
-def _encode(items: Sequence[tuple[Recording, np.ndarray]], *, codec: Codec) -> Iterator[tuple[Recording, np.ndarray]]:
-    """Codes of recordings padded to one length; a codec is causal, so the padding changes nothing before it."""
-    longest = max(len(samples) for _, samples in items)
-    waveforms = torch.zeros(len(items), longest)
-    for row, (_, samples) in enumerate(items):
-        waveforms[row, : len(samples)] = torch.from_numpy(samples)
-    codes_BQT = codec.encode(waveforms)
-    for row, (recording, samples) in enumerate(items):
-        yield recording, codes_BQT[row, :, : -(-len(samples) // codec.frame_size)].numpy()
-
-
-def _batched(items: Iterable, size: int) -> Iterator[list]:
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def _rejection(unit: Unit, *, path: object, reason: str, task: str = "") -> dict[str, str]:
+    """A line of rejected.jsonl."""
+    source = {"source": unit.source.name, "split": unit.split}
+    return {"path": str(path), "task": task, **source, "reason": reason}

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megaspeech.data.tasks import Task
+
+if TYPE_CHECKING:
+    from megaspeech.preparation.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,8 @@ class Recording:
         channel: which one, from 0; None mixes all of them.
         duration: of the stretch in seconds, as the manifest has it; None where it does not say.
         span: (first byte, number of bytes) of the file within an archive.
+        plan: what is done to the waveform once it is decoded (megaspeech.preparation.augmentation); None is nothing.
+            `duration` and the rest describe it as it is before.
     """
 
     path: Path
@@ -26,6 +32,14 @@ class Recording:
     channel: int | None = None
     duration: float | None = None
     span: tuple[int, int] | None = None
+    plan: Plan | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        """Its length; None where the manifest does not say."""
+        if self.duration is None and self.end is not None:
+            return self.end - self.start
+        return self.duration
 
 
 @dataclass(frozen=True)

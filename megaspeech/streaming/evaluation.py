@@ -70,7 +70,7 @@ class Evaluator:
 
         Args:
             utterances: a manifest.
-            codes: of their recordings, see `preparation.prepare.encode_recordings`; utterances without are left
+            codes: of their recordings, see `preparation.encoding.encode_recordings`; utterances without are left
                 out.
             progress: wraps the iteration over batches.
         """

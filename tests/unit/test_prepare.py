@@ -1,146 +1,223 @@
-"""From recordings to shards with a small real codec: nothing is lost silently, and batching changes no code."""
+"""From sources to shards with a small real codec: nothing is lost silently, and samples hold what was recorded."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from one_rank import make_config
 
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("nvidia.dali")
 pytest.importorskip("faiss")
 
-from megaspeech.codecs import SpectralCodec, SpectralConfig  # noqa: E402
-from megaspeech.config import Config  # noqa: E402
+from rich.console import Console  # noqa: E402
+from small_corpus import (  # noqa: E402
+    RATE,
+    line,
+    make_codec,
+    make_project,
+    make_tokenizer,
+    record,
+    write_manifest,
+)
+
+from megaspeech.codecs import SpectralCodec  # noqa: E402
+from megaspeech.config import Config, read_config  # noqa: E402
 from megaspeech.data.samples import ShardSamples  # noqa: E402
 from megaspeech.data.shards import Shard  # noqa: E402
 from megaspeech.data.tasks import Task  # noqa: E402
-from megaspeech.data.tokenizer import Tokenizer, train_tokenizer  # noqa: E402
+from megaspeech.data.tokenizer import Tokenizer  # noqa: E402
 from megaspeech.preparation.compose import compose  # noqa: E402
-from megaspeech.preparation.prepare import encode_recordings, prepare_shards  # noqa: E402
+from megaspeech.preparation.encoding import encode_recordings  # noqa: E402
+from megaspeech.preparation.estimate import estimate, estimate_table  # noqa: E402
+from megaspeech.preparation.prepare import Preparation  # noqa: E402
+from megaspeech.preparation.report import report  # noqa: E402
+from megaspeech.preparation.sources import list_units  # noqa: E402
+from megaspeech.preparation.units import Totals  # noqa: E402
 from megaspeech.preparation.utterance import Recording, Utterance, Word  # noqa: E402
-
-RATE, FRAME = 16000, 1280
-DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-ASR, TTS, S2ST = Task("asr", "en", "en"), Task("tts", "en", "en"), Task("s2st", "ja", "en")
-
-
-def voice(seconds: float, *, pitch: float) -> np.ndarray:
-    """Harmonics under a moving formant, with pauses `[N]`."""
-    time = np.arange(round(seconds * RATE)) / RATE
-    glide = 900 + 600 * np.sin(8 * time + pitch)
-    tone = sum(np.exp(-(((n * pitch - glide) / 500) ** 2)) * np.sin(2 * np.pi * n * pitch * time) for n in range(1, 25))
-    return (0.15 * tone * (np.sin(10 * time) > -0.3)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
 def codec() -> SpectralCodec:
-    voices = [torch.from_numpy(voice(4.1, pitch=pitch)) for pitch in (95.0, 130.0, 180.0, 240.0)]
-    config = SpectralConfig(num_codebooks=4, cardinality=32, latent_dim=24, fit_frames=400)
-    return SpectralCodec.fit(voices, config=config)
+    return make_codec()
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train_tokenizer([" ".join(DIGITS[i:] + DIGITS[:i]) for i in range(10)], vocabulary_size=48, languages=["en"])
+    return make_tokenizer()
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> Config:
-    return make_config(tmp_path, "data.num_frames=40")
+def prepare(config: Config, *, codec: SpectralCodec, tokenizer: Tokenizer) -> tuple[Preparation, list]:
+    """(the preparation of all units, the units), finished."""
+    preparation = Preparation(config, codec=codec, tokenizer=tokenizer)
+    units = list_units(config.sources, lines_per_shard=config.preparation.lines_per_shard)
+    preparation.run(units)
+    assert preparation.store.finish(units)
+    return preparation, units
 
 
-def record(folder: Path, name: str, *, seconds: float, pitch: float = 120.0) -> Path:
-    path = folder / f"{name}.wav"
-    soundfile.write(path, voice(seconds, pitch=pitch), RATE, subtype="PCM_16")
-    return path
+def rejections(config: Config) -> list[tuple[str, str, str]]:
+    """(file, task, reason) of everything left out, in order."""
+    lines = map(json.loads, (Path(config.data.directory) / "rejected.jsonl").read_text().splitlines())
+    return [(Path(one["path"]).name, one["task"], one["reason"]) for one in lines]
 
 
-def utterance(path: Path, *, task: Task = ASR, text: str = "three", ends: tuple[float, ...] = (0.5,)) -> Utterance:
-    words = tuple(Word(word, end - 0.2, end) for word, end in zip(text.split(), ends, strict=True))
-    audio = Recording(path)
-    return Utterance(task, text, words, heard=audio if task.hears else None, spoken=None if task.hears else audio)
+def shown(renderable: object) -> str:
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(renderable)
+    return console.export_text()
 
 
-def rejections(directory: Path) -> dict[str, str]:
-    lines = (directory / "rejected.jsonl").read_text().splitlines()
-    return {Path(entry["path"]).name: entry["reason"] for entry in map(json.loads, lines)}
+def faulty_lines(folder: Path) -> dict[str, tuple[dict | str, str]]:
+    """(line, how its reason begins), by what is wrong with it."""
+    torn, long, fits = (record(folder, name, seconds=s) for name, s in (("torn", 1.0), ("long", 2.88), ("fits", 2.8)))
+    torn.write_bytes(torn.read_bytes()[:9000])
+    soundfile.write(folder / "silent.wav", np.zeros(RATE), RATE)
+    soundfile.write(folder / "nan.wav", np.full(RATE, np.nan), RATE, subtype="FLOAT")
+    (folder / "empty.flac").touch()
+    (folder / "folder.wav").mkdir()
+    (folder / "text.wav").write_text("no sound here " * 50)
+    record(folder, "short", seconds=0.05)
+    record(folder, "second", seconds=1.0)
+    record(folder, "endless", seconds=3.3)
+    return {
+        "torn": (line("torn.wav"), "truncated: "),
+        "absent": (line("absent.wav"), "missing: "),
+        "too many frames with prompt and delays": (line(long.name), "too long: 41 frames"),
+        "more than a sample in itself": (
+            line("endless.wav"),
+            "too long: 3.30 s, more than the 3.2 s of data.num_frames",
+        ),
+        "silent": (line("silent.wav"), "silent: "),
+        "NaN": (line("nan.wav"), "not finite: "),
+        "empty": (line("empty.flac"), "empty: "),
+        "a folder": (line("folder.wav"), "unreadable: "),
+        "text": (line("text.wav"), "wrong type: "),
+        "short": (line("short.wav"), "too short: "),
+        "longer than said": (line(fits.name, seconds=2.0), "wrong duration: 2.80 s where the manifest says 2.00"),
+        "shorter than said": (line("second.wav", seconds=2.0), "wrong duration: 1.00 s where the manifest says 2.00"),
+        "not JSON": ("{", "not JSON"),
+        "no text": (line(fits.name, text=""), "key 'text'"),
+    }
 
 
 def test_what_is_wrong_is_set_aside_and_the_rest_goes_on(
-    tmp_path: Path, config: Config, codec: SpectralCodec, tokenizer: Tokenizer
+    tmp_path: Path, codec: SpectralCodec, tokenizer: Tokenizer
 ) -> None:
+    faults = faulty_lines(tmp_path)
     good, other = record(tmp_path, "good", seconds=1.0), record(tmp_path, "other", seconds=1.3, pitch=200)
-    torn = record(tmp_path, "torn", seconds=1.0)
-    torn.write_bytes(torn.read_bytes()[:9000])
-    long = record(tmp_path, "long", seconds=36 * 0.08)  # with the prompt and the task delay 41 frames
-    fits = record(tmp_path, "fits", seconds=35 * 0.08)  # and here 40
-    target = replace(utterance(other, task=S2ST), spoken=Recording(torn))
-    rows = [utterance(path) for path in (good, torn, long, fits, tmp_path / "absent.wav")]
-    rows += [utterance(good, task=TTS), target, replace(target, spoken=Recording(good))]
-    headers = prepare_shards(rows, tmp_path / "out", config=config, codec=codec, tokenizer=tokenizer)
+    answer = {"task": "s2st", "source_lang": "ja", "target_audio_filepath": "torn.wav"}
+    lines = [line(good.name), *(fault for fault, _ in faults.values()), line("fits.wav"), line(good.name, task="tts")]
+    lines += [line(other.name, **answer), line(other.name, **{**answer, "target_audio_filepath": good.name})]
+    preparation, units = prepare(make_project(tmp_path, a=lines), codec=codec, tokenizer=tokenizer)
 
-    lines = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
-    lost = [(Path(entry["path"]).name, entry["task"]) for entry in map(json.loads, lines)]
-    assert lost == [
-        ("torn.wav", "asr-en"),
-        ("long.wav", "asr-en"),
-        ("absent.wav", "asr-en"),
-        ("torn.wav", "s2st-ja-en"),
-    ]
-    reasons = rejections(tmp_path / "out")
-    assert sorted(reasons) == ["absent.wav", "long.wav", "torn.wav"]
-    assert "truncated" in reasons["torn.wav"] and "missing" in reasons["absent.wav"]
-    assert reasons["long.wav"].startswith("41 frames") and "data.num_frames = 40" in reasons["long.wav"]
-    assert {name: header.num_samples for name, header in headers.items()} == {"asr-en": 2, "tts-en": 1, "s2st-ja-en": 1}
-    shard = Shard(tmp_path / "out" / "asr-en")
-    assert shard.header == headers["asr-en"] and [shard[index].shape[1] for index in range(2)] == [2 + 13 + 3, 40]
+    found = rejections(preparation.config)
+    assert len(found) == len(faults) + 1
+    wanted = [start for _, start in faults.values()]
+    unread = [reason for name, _, reason in found if name.endswith("line 14") or "line" in name]
+    for start in wanted:
+        assert any(reason.startswith(start) for *_, reason in found), (start, found)
+    assert len(unread) == 2 and found[-1][:2] == ("torn.wav", "s2st-ja-en")
+    totals = preparation.store.sum(units)
+    assert totals.samples == {"asr-en": 2, "tts-en": 1, "s2st-ja-en": 1}
+    assert totals.rejected.total() == len(found) and totals.rejected["truncated"] == 2
+    shard = Shard(tmp_path / "shards/train/a/asr-en/000000")
+    assert [shard[index].shape[1] for index in range(2)] == [2 + 13 + 3, 40]
     header = shard.header
     assert (header.codec, header.codec_fingerprint) == ("spectral", codec.fingerprint)
     assert header.tokenizer_fingerprint == tokenizer.fingerprint and header.frame_rate == 12.5
     assert header.silence == tuple(codec.silence_codes.tolist()) and len(header.silence) == 4
-    assert not (tmp_path / "out.part").exists()
+    told = shown(report(preparation.store, units, frame_rate=12.5, timeline=preparation.timeline))
+    assert "waited for the decoder" in told
+    for reason, count in totals.rejected.items():
+        assert any(reason in row and str(count) in row for row in told.splitlines()), reason
 
 
 def test_a_sample_that_is_too_long_does_not_take_others_of_its_recording_along(
-    tmp_path: Path, config: Config, codec: SpectralCodec, tokenizer: Tokenizer
+    tmp_path: Path, codec: SpectralCodec, tokenizer: Tokenizer
 ) -> None:
-    path = record(tmp_path, "shared", seconds=35 * 0.08)  # 40 frames as asr, 39 as tts
-    late = utterance(path, text="three", ends=(35 * 0.08,))  # its text stands beyond frame 40
-    rows = [late, utterance(path, task=TTS)]
-    headers = prepare_shards(rows, tmp_path / "out", config=config, codec=codec, tokenizer=tokenizer)
-    assert list(headers) == ["tts-en"]
-    (line,) = map(json.loads, (tmp_path / "out" / "rejected.jsonl").read_text().splitlines())
-    assert (line["path"], line["task"]) == (str(path), "asr-en") and "data.num_frames = 40" in line["reason"]
+    record(tmp_path, "shared", seconds=35 * 0.08)  # 40 frames as asr, 39 as tts
+    late = line("shared.wav", words=[{"word": "three", "start": 2.6, "end": 2.8}])  # its text goes beyond frame 40
+    config = make_project(tmp_path, a=[late, line("shared.wav", task="tts")])
+    preparation, units = prepare(config, codec=codec, tokenizer=tokenizer)
+    assert preparation.store.sum(units).samples == {"tts-en": 1}
+    ((name, task, reason),) = rejections(config)
+    assert (name, task) == ("shared.wav", "asr-en") and "data.num_frames = 40" in reason
 
 
-def test_samples_hold_the_codes_of_their_recordings(
-    tmp_path: Path, config: Config, codec: SpectralCodec, tokenizer: Tokenizer
-) -> None:
+def test_units_are_shards_and_nothing_crosses_them(tmp_path: Path, codec: SpectralCodec, tokenizer: Tokenizer) -> None:
+    lines = [line(record(tmp_path, f"{i}", seconds=0.5 + 0.1 * i).name) for i in range(7)]
+    config = make_project(tmp_path, "preparation.lines_per_shard=3", a=lines, b=lines[:1])
+    preparation, units = prepare(config, codec=codec, tokenizer=tokenizer)
+    assert [(unit.source.name, unit.number) for unit in units] == [("a", 0), ("a", 1), ("a", 2), ("b", 0)]
+    lengths = [Shard(tmp_path / f"shards/train/a/asr-en/{number:06d}").header.num_samples for number in range(3)]
+    assert lengths == [3, 3, 1]
+    samples = ShardSamples(tmp_path / "shards/train", name="a/asr-en", config=config)
+    assert len(samples.shards) == 7
+    by_source = shown(report(preparation.store, units, frame_rate=12.5, timeline=preparation.timeline))
+    assert [row.split("│")[4].strip() for row in by_source.splitlines() if "asr-en" in row] == ["7", "1"]
+
+
+def test_a_recording_longer_than_a_sample_is_cut(tmp_path: Path, codec: SpectralCodec, tokenizer: Tokenizer) -> None:
+    record(tmp_path, "long", seconds=9.0)
+    words = [{"word": "three", "start": 0.4 * place, "end": 0.4 * place + 0.2} for place in range(22)]
+    config = make_project(tmp_path, a=[line("long.wav", seconds=9.0, text=" ".join(["three"] * 22), words=words)])
+    preparation, units = prepare(config, codec=codec, tokenizer=tokenizer)
+    shard = Shard(tmp_path / "shards/train/a/asr-en/000000")
+    texts = [tokenizer.decode(shard[index][0].tolist()) for index in range(shard.header.num_samples)]
+    assert len(texts) > 3 and " ".join(texts).split() == ["three"] * 22
+    assert preparation.store.sum(units).seconds == pytest.approx(9.0, abs=0.01) and not rejections(config)
+
+
+def test_altered_versions_are_samples_of_their_own(tmp_path: Path, codec: SpectralCodec, tokenizer: Tokenizer) -> None:
+    lines = [line(record(tmp_path, f"{i}", seconds=1.0, pitch=100 + 30 * i).name, speaker=f"{i}") for i in range(4)]
+    plain, _ = prepare(make_project(tmp_path, a=lines), codec=codec, tokenizer=tokenizer)
+    overrides = ("augmentation.copies=2", "augmentation.babble=1.0", "augmentation.babble_talkers=[1, 2]")
+    config = make_project(tmp_path, *overrides, f"data.directory={tmp_path}/noisy", a=lines)
+    preparation, units = prepare(config, codec=codec, tokenizer=tokenizer)
+    assert preparation.store.sum(units).samples == {"asr-en": 12}
+    noisy, clean = (Shard(tmp_path / f"{name}/train/a/asr-en/000000") for name in ("noisy", "shards"))
+    assert all(np.array_equal(noisy[3 * index], clean[index]) for index in range(4))
+    assert not any(np.array_equal(noisy[3 * index + copy], clean[index]) for index in range(4) for copy in (1, 2))
+
+
+def test_noise_that_cannot_be_decoded_is_said(tmp_path: Path, codec: SpectralCodec, tokenizer: Tokenizer) -> None:
+    lines = [line(record(tmp_path, f"{i}", seconds=1.0, pitch=100 + 30 * i).name) for i in range(3)]
+    (tmp_path / "noise").mkdir()
+    (tmp_path / "noise/bad.wav").write_bytes(b"RIFF")
+    overrides = ("augmentation.copies=1", "augmentation.noise=1.0", f"augmentation.noise_files={tmp_path}/noise")
+    config = make_project(tmp_path, *overrides, a=lines)
+    preparation, units = prepare(config, codec=codec, tokenizer=tokenizer)
+    assert preparation.store.sum(units).samples == {"asr-en": 6}
+    ((name, task, reason),) = rejections(config)
+    assert (name, task) == ("bad.wav", "") and reason
+
+
+def test_samples_hold_the_codes_of_their_recordings(tmp_path: Path, codec: SpectralCodec, tokenizer: Tokenizer) -> None:
+    config = make_project(tmp_path, a=[])
     path = record(tmp_path, "x", seconds=1.0)
     samples, _ = soundfile.read(path, dtype="float32")
     expected = codec.encode(torch.from_numpy(samples)[None])[0].numpy()
-    row = utterance(path, text="three seven", ends=(0.45, 0.9))
+    words = (Word("three", 0.25, 0.45), Word("seven", 0.7, 0.9))
+    row = Utterance(Task("asr", "en", "en"), "three seven", words, heard=Recording(path))
     codes, rejected = encode_recordings([Recording(path)], codec=codec)
     assert not rejected and np.array_equal(codes[Recording(path)], expected) and expected.shape == (4, 13)
     sample_ST = compose(row, codes, config=config, codec=codec, tokenizer=tokenizer).codes_ST
     assert np.array_equal(sample_ST[5:, 2:15], expected)  # heard
     assert (sample_ST[1:5] == codec.silence_codes.numpy()[:, None]).all()
     text = sample_ST[0]
-    assert text[:2].tolist() == tokenizer.encode_prompt(ASR)
+    assert text[:2].tolist() == tokenizer.encode_prompt(row.task)
     assert tokenizer.decode(text.tolist()) == "three seven"
     three = 2 + 5 + config.data.task_delay  # 0.45 s is in frame 5
     pieces = tokenizer.encode_word("three")
     assert text[three - 1 : three + len(pieces)].tolist() == [0, *pieces] and (text[2 : three - 1] == 3).all()
     assert text[-1] == 3  # one frame of PAD at least, to learn to fall silent
 
-    row = replace(row, task=TTS, heard=None, spoken=row.heard)
+    row = replace(row, task=Task("tts", "en", "en"), heard=None, spoken=row.heard)
     spoken_ST = compose(row, codes, config=config, codec=codec, tokenizer=tokenizer).codes_ST
     origin = 2 + 1 + config.data.speech_lead
     assert np.array_equal(spoken_ST[1:5, origin : origin + 13], expected) and (spoken_ST[5:] == -1).all()
@@ -151,67 +228,20 @@ def test_samples_hold_the_codes_of_their_recordings(
     assert end not in sample_ST[0]  # what is heard does not
 
 
-def test_batching_changes_no_code(tmp_path: Path, codec: SpectralCodec) -> None:
-    """Recordings of one batch are padded to one length; each has the codes it has by itself."""
-    lengths = [0.5, 1.7, 0.08, 1.01, 0.003]
-    recordings = [
-        Recording(record(tmp_path, f"{place}", seconds=s, pitch=100 + 20 * place)) for place, s in enumerate(lengths)
-    ]
-    together, rejected = encode_recordings(recordings, codec=codec)
-    assert not rejected and list(together) == recordings
-    for recording in recordings:
-        alone, _ = encode_recordings([recording], codec=codec)
-        samples, _ = soundfile.read(recording.path)
-        assert together[recording].shape == (4, -(-len(samples) // FRAME))
-        assert np.array_equal(together[recording], alone[recording])
+def test_no_sample_left_names_the_reasons(tmp_path: Path, codec: SpectralCodec, tokenizer: Tokenizer) -> None:
+    config = make_project(tmp_path, a=[line("absent.wav"), line("gone.wav"), "{"])
+    with pytest.raises(ValueError, match=r"train: no sample is left; the reasons: missing \(2\), not JSON.*remove"):
+        prepare(config, codec=codec, tokenizer=tokenizer)
+    assert not list(tmp_path.rglob("catalogue.json"))
 
 
-def test_more_recordings_than_a_batch(tmp_path: Path, codec: SpectralCodec, monkeypatch: pytest.MonkeyPatch) -> None:
-    recordings = [Recording(record(tmp_path, f"{place}", seconds=0.1 * (place + 1))) for place in range(5)]
-    whole, _ = encode_recordings(recordings, codec=codec)
-    monkeypatch.setattr("megaspeech.preparation.prepare.ENCODE_BATCH", 2)
-    seen: list[int] = []
-
-    def progress(items: Iterable, count: int) -> Iterator:
-        assert count == 5
-        for item in items:
-            seen.append(item[0])
-            yield item
-
-    by_two, _ = encode_recordings(recordings, codec=codec, progress=progress)
-    assert seen == list(range(5)) and list(by_two) == recordings
-    assert all(np.array_equal(by_two[recording], whole[recording]) for recording in recordings)
-
-
-def test_directory_appears_when_all_is_written(
-    tmp_path: Path, config: Config, codec: SpectralCodec, tokenizer: Tokenizer
+def test_a_unit_of_which_nothing_is_left_is_no_fault(
+    tmp_path: Path, codec: SpectralCodec, tokenizer: Tokenizer
 ) -> None:
-    path, out = record(tmp_path, "x", seconds=0.6), tmp_path / "out"
-    settings = {"config": config, "codec": codec, "tokenizer": tokenizer}
-    prepare_shards([utterance(path), utterance(path, task=TTS)], out, **settings)
-    (tmp_path / "out.part").mkdir()
-    (tmp_path / "out.part" / "junk").write_text("of a killed run")
-
-    def killed(items: Iterable, count: int) -> Iterator:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        prepare_shards([utterance(path)], out, progress=killed, **settings)
-    assert (out / "tts-en.json").is_file()  # what was there is there still
-    prepare_shards([utterance(path)], out, **settings)
-    names = sorted(path.name for path in out.iterdir())
-    assert names == ["asr-en.bin", "asr-en.idx", "asr-en.json", "asr-en.xxh64", "rejected.jsonl"]
-    assert not (tmp_path / "out.part").exists() and rejections(out) == {}
-
-
-def test_no_sample_left_names_the_reasons(
-    tmp_path: Path, config: Config, codec: SpectralCodec, tokenizer: Tokenizer
-) -> None:
-    with pytest.raises(ValueError, match=r"out: no sample is left; the reasons: .*missing"):
-        prepare_shards(
-            [utterance(tmp_path / "absent.wav")], tmp_path / "out", config=config, codec=codec, tokenizer=tokenizer
-        )
-    assert not (tmp_path / "out").exists()
+    lines = [line("absent.wav"), line(record(tmp_path, "x", seconds=1.0).name)]
+    config = make_project(tmp_path, "preparation.lines_per_shard=1", a=lines)
+    preparation, units = prepare(config, codec=codec, tokenizer=tokenizer)
+    assert preparation.store.sum(units).samples == {"asr-en": 1} and len(rejections(config)) == 1
 
 
 @pytest.mark.parametrize(
@@ -232,10 +262,8 @@ def test_no_sample_left_names_the_reasons(
 def test_codec_and_tokenizer_that_the_streams_do_not_hold_are_refused(
     tmp_path: Path, codec: SpectralCodec, tokenizer: Tokenizer, overrides: list[str], words: tuple[str, ...]
 ) -> None:
-    config = make_config(tmp_path, *overrides)
-    rows = [utterance(record(tmp_path, "x", seconds=1.0))]
     with pytest.raises(ValueError, match="streams") as caught:
-        prepare_shards(rows, tmp_path / "out", config=config, codec=codec, tokenizer=tokenizer)
+        Preparation(make_project(tmp_path, *overrides, a=[]), codec=codec, tokenizer=tokenizer)
     assert all(word in str(caught.value) for word in words)
 
 
@@ -245,10 +273,52 @@ def test_fewer_codebooks_may_be_heard_than_said(
 ) -> None:
     """The first codebooks of a residual codec are a codec: the shard can be trained on."""
     delays = [0, 0, 1, 1, 1, *[0, 1, 1][:given]]
-    config = make_config(tmp_path, f"streams.num_given_codebooks={given}", f"streams.delays={delays}")
     path = record(tmp_path, "x", seconds=1.0)
-    prepare_shards([utterance(path)], tmp_path / "out", config=config, codec=codec, tokenizer=tokenizer)
-    item = ShardSamples(tmp_path / "out" / "asr-en", config=config)[0]
+    overrides = (f"streams.num_given_codebooks={given}", f"streams.delays={delays}")
+    config = make_project(tmp_path, *overrides, a=[line(path.name)])
+    prepare(config, codec=codec, tokenizer=tokenizer)
+    item = ShardSamples(tmp_path / "shards/train", name="a/asr-en", config=config)[0]
     assert item["codes"].shape[0] == 5 + given and item["weights"].shape[0] == 5
     codes, _ = encode_recordings([Recording(path)], codec=codec)
     assert np.array_equal(item["codes"][5:, 2:15], codes[Recording(path)][:given])
+
+
+def test_an_estimate_holds(tmp_path: Path, codec: SpectralCodec, tokenizer: Tokenizer) -> None:
+    """Units, samples and shards exactly; hours and bytes nearly, where manifests name durations."""
+    seconds = [0.6 + 0.1 * (index % 9) for index in range(30)]
+    lines = [line(record(tmp_path, f"{i}", seconds=s).name, seconds=s) for i, s in enumerate(seconds)]
+    config = make_project(tmp_path, "preparation.lines_per_shard=8", a=lines, b=[*lines[:5], "{", line("0.wav")])
+    units = list_units(config.sources, lines_per_shard=8)
+    guessed = estimate(config, units, frame_rate=12.5)
+    preparation, _ = prepare(config, codec=codec, tokenizer=tokenizer)
+    for one, source in zip(guessed, ("a", "b"), strict=True):
+        mine = [unit for unit in units if unit.source.name == source]
+        done: Totals = preparation.store.sum(mine)
+        assert (one.num_units, one.num_samples) == (len(mine), done.samples.total())
+        files = list((tmp_path / f"shards/train/{source}/asr-en").glob("0*.*"))
+        assert one.num_shards == len(files) / 4
+        if source == "a":
+            assert one.hours == pytest.approx(done.seconds / 3600, rel=0.02)
+            size = sum(path.stat().st_size for path in files if path.suffix != ".json")
+            assert one.num_bytes == pytest.approx(size, rel=0.1)
+    assert guessed[1].num_unknown == 1 and guessed[1].num_refused == 1
+    told = shown(estimate_table(guessed))
+    assert "1 samples name no duration" in told and "1 lines are faulty" in told
+
+
+def test_many_units_are_estimated_from_some(tmp_path: Path) -> None:
+    lines = [line("absent.wav", seconds=0.5) for _ in range(100)]
+    config = make_project(tmp_path, "preparation.lines_per_shard=1", a=lines)
+    (guessed,) = estimate(config, list_units(config.sources, lines_per_shard=1), frame_rate=12.5)
+    assert (guessed.num_units, guessed.num_read, guessed.num_samples) == (100, 20, 100)
+    assert guessed.num_shards == 100
+    assert "from 20 units of each source" in shown(estimate_table([guessed]))
+
+
+def test_sources_can_be_overridden_by_name(tmp_path: Path) -> None:
+    make_project(tmp_path, a=[line("x.wav")])
+    other = write_manifest(tmp_path / "other.jsonl", [line("y.wav")])
+    config = read_config(tmp_path / "config.toml", [f"sources.a.train={other}", "sources.a.weight=2.0"])
+    assert (config.sources[0].train, config.sources[0].weight) == (str(other), 2.0)
+    with pytest.raises(ValueError, match=r"no \[\[sources\]\] of the name 'b'"):
+        read_config(tmp_path / "config.toml", ["sources.b.train=x"])

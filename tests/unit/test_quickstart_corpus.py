@@ -1,6 +1,7 @@
 """The quickstart's speech: word times where the sound is, held-out strings and speakers, one corpus from one seed."""
 
 import dataclasses
+import functools
 import json
 import sys
 from pathlib import Path
@@ -15,13 +16,16 @@ soundfile = pytest.importorskip("soundfile")
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "quickstart"))
 
-from corpus import ANSWER_DELAY, ANSWER_GAP, FRAME, make_corpus, settings_from  # noqa: E402
+from corpus import ANSWER_DELAY, ANSWER_GAP, FRAME, SAMPLE_RATE, make_corpus, settings_from  # noqa: E402
 from judge import DIGIT_WORDS, DigitJudge, word_errors  # noqa: E402
 from script import BODIES, ENGLISH, JAPANESE, KANA, OWN_VOICE, VARIANTS, CorpusSettings, draw_clips  # noqa: E402
-from variants import DRAWN, drawn_variant  # noqa: E402
-from voices import SAMPLE_RATE, Voice, speak  # noqa: E402
 
 from megaspeech.preparation.manifests.nemo import read_manifest  # noqa: E402
+from megaspeech.preparation.synthesis import words as synthesis  # noqa: E402
+from megaspeech.preparation.synthesis.speech import Voice  # noqa: E402
+from megaspeech.preparation.synthesis.variants import DRAWN, drawn_variant  # noqa: E402
+
+speak = functools.partial(synthesis.speak, sample_rate=SAMPLE_RATE)
 
 SMALL = CorpusSettings(heard=8, own=4, pairs=4, valid=2, test_heard=6, test_own_en=4, test_own_ja=2, test_pairs=3)
 SPLITS = ("train", "valid", "test")

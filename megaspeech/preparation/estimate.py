@@ -1,0 +1,108 @@
+"""What a preparation will make, before it makes it: units, hours, shards and bytes, from the manifests alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+from rich.table import Table
+
+from megaspeech.config import Config
+from megaspeech.preparation.compose import timing_of
+from megaspeech.preparation.reading import read_utterances
+from megaspeech.preparation.sources import Unit
+from megaspeech.preparation.utterance import Utterance
+
+MOST_UNITS = 20
+"""Of a source and split that are read, evenly spread; the others are taken to be like them."""
+SAMPLE_BYTES = 28
+"""Of index and checksum, for each sample."""
+
+
+@dataclass
+class Estimate:
+    """Of one source and split. `hours` are of audio, each recording once; `num_unknown` samples name no duration."""
+
+    split: str
+    source: str
+    num_units: int
+    num_read: int
+    num_samples: float = 0.0
+    num_unknown: float = 0.0
+    num_refused: float = 0.0
+    hours: float = 0.0
+    num_shards: float = 0.0
+    num_bytes: float = 0.0
+
+
+def estimate(config: Config, units: Sequence[Unit], *, frame_rate: float) -> list[Estimate]:
+    """Read some units of every source and split, and scale up.
+
+    Args:
+        config: of the run.
+        units: all of them.
+        frame_rate: frames a second of the codec.
+    """
+    of_source: dict[tuple[str, str], list[Unit]] = {}
+    for unit in units:
+        of_source.setdefault((unit.split, unit.source.name), []).append(unit)
+    return [
+        _estimate(config, several, split=split, source=source, frame_rate=frame_rate)
+        for (split, source), several in of_source.items()
+    ]
+
+
+def _estimate(config: Config, units: Sequence[Unit], *, split: str, source: str, frame_rate: float) -> Estimate:
+    places = sorted({int(place) for place in np.linspace(0, len(units) - 1, min(MOST_UNITS, len(units)))})
+    found = Estimate(split, source, len(units), len(places))
+    # By lines, because the last unit of a manifest has fewer.
+    scale = sum(unit.num_lines for unit in units) / max(1, sum(units[place].num_lines for place in places))
+    for place in places:
+        utterances, refused = read_utterances(units[place], config=config, frame_rate=frame_rate)
+        found.num_samples += scale * len(utterances)
+        found.num_refused += scale * len(refused)
+        recordings = {recording for utterance in utterances for recording in utterance.recordings}
+        found.hours += scale * sum(recording.seconds or 0.0 for recording in recordings) / 3600
+        found.num_unknown += scale * sum(_num_seconds(utterance) is None for utterance in utterances)
+        found.num_shards += len(Counter(utterance.task.key for utterance in utterances)) * len(units) / len(places)
+        found.num_bytes += scale * sum(_bytes_of(one, config=config, frame_rate=frame_rate) for one in utterances)
+    return found
+
+
+def _bytes_of(utterance: Utterance, *, config: Config, frame_rate: float) -> float:
+    """Of a sample on disk: its audio, prompt and delay in every stream; without text, which seldom makes it longer."""
+    timing, streams = timing_of(config), config.streams
+    frames = (_num_seconds(utterance) or 0.0) * frame_rate + timing.speech_origin(utterance.task)
+    frames += timing.task_delay if utterance.task.hears else 0
+    token_bytes = 2 if max(streams.cardinalities) < np.iinfo(np.int16).max else 4
+    return frames * streams.num_streams * token_bytes + SAMPLE_BYTES
+
+
+def _num_seconds(utterance: Utterance) -> float | None:
+    """Of the longest recording; None where one does not name its length, 0 where there is none."""
+    lengths = [recording.seconds for recording in utterance.recordings]
+    return None if None in lengths else max(lengths, default=0.0)
+
+
+def estimate_table(estimates: Sequence[Estimate]) -> Table:
+    """For a terminal."""
+    table = Table("split", "source", title="To be prepared")
+    for column in ("units", "samples", "hours of audio", "shards", "bytes"):
+        table.add_column(column, justify="right")
+    counts = [field.name for field in fields(Estimate) if field.name.startswith("num_")]
+    total = Estimate("all", "", **{name: sum(getattr(one, name) for one in estimates) for name in (*counts, "hours")})
+    for one in (*estimates, total):
+        table.add_row(
+            *(one.split, one.source, f"{one.num_units:,}", f"{one.num_samples:,.0f}", f"{one.hours:,.2f}"),
+            *(f"{one.num_shards:,.0f}", f"{one.num_bytes:,.0f}"),
+            end_section=one is estimates[-1],
+        )
+    notes = {
+        f"from {MOST_UNITS} units of each source and split, evenly spread": total.num_read < total.num_units,
+        f"{total.num_unknown:,.0f} samples name no duration and count as none": total.num_unknown,
+        f"{total.num_refused:,.0f} lines are faulty": total.num_refused,
+    }
+    table.caption = "; ".join(note for note, holds in notes.items() if holds)
+    return table

@@ -1,0 +1,95 @@
+"""What is done to one recording before it is encoded, as plain data: drawn in augmentation.py, done in effects.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from megaspeech.preparation.utterance import Recording, Utterance, Word
+
+Point = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Room:
+    """A box-shaped room with a talker and a microphone; metres from a corner.
+
+    Attributes:
+        reverberation: seconds in which the sound falls by 60 dB.
+    """
+
+    size: Point
+    talker: Point
+    microphone: Point
+    reverberation: float
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Sounds that are mixed in together.
+
+    Attributes:
+        kind: "talker" is one voice that begins at `offsets[0]` of the main one's length and ends with it at the latest;
+            "babble" and "noise" last from beginning to end, each sound taken from `offsets[i]` of its own length on and
+            repeated.
+        offsets: in [0, 1), one a recording.
+        snr: decibels of the main voice over all of it.
+    """
+
+    kind: Literal["talker", "babble", "noise"]
+    recordings: tuple[Recording, ...]
+    offsets: tuple[float, ...]
+    snr: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done to one recording, in this order.
+
+    Attributes:
+        version: counts the altered versions of one recording, from 1.
+        speed: factor; above 1 is faster and higher.
+        room: where it sounds: a simulated room, or a recorded impulse response.
+        layers: what is mixed in.
+        telephone: whether it goes through a telephone line.
+        level_db: gain in decibels.
+    """
+
+    version: int
+    speed: float = 1.0
+    room: Room | Recording | None = None
+    layers: tuple[Layer, ...] = ()
+    telephone: bool = False
+    level_db: float = 0.0
+
+    @property
+    def others(self) -> tuple[Recording, ...]:
+        """Every other recording that is needed to do it."""
+        response = (self.room,) if isinstance(self.room, Recording) else ()
+        return response + tuple(recording for layer in self.layers for recording in layer.recordings)
+
+    @property
+    def effects(self) -> tuple[str, ...]:
+        """What it consists of, in the names of `[augmentation]`: for a report to count."""
+        done = {
+            "speed": self.speed != 1.0,
+            "room": self.room is not None,
+            **{layer.kind: True for layer in self.layers},
+            "telephone": self.telephone,
+            "level": self.level_db != 0.0,
+        }
+        return tuple(name for name, is_done in done.items() if is_done)
+
+    def apply_to(self, utterance: Utterance) -> Utterance:
+        """The line as it is once this is done to what it hears: word times follow the speed."""
+        assert utterance.heard is not None
+        assert self.speed == 1.0 or utterance.spoken is None, "what is said keeps the clock of what is heard"
+        return replace(
+            utterance,
+            heard=replace(utterance.heard, plan=self),
+            words=self._in_time(utterance.words),
+            source_words=self._in_time(utterance.source_words),
+        )
+
+    def _in_time(self, words: tuple[Word, ...]) -> tuple[Word, ...]:
+        return tuple(replace(word, start=word.start / self.speed, end=word.end / self.speed) for word in words)
