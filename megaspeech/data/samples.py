@@ -64,9 +64,8 @@ class ShardSamples(torch.utils.data.Dataset):
         try:
             codes_ST = self.shards[index]
         except DamagedSampleError as error:
-            codes_ST = np.full(
-                (self.config.streams.num_streams, int(self.shards.lengths(np.array([index]))[0])), ZERO_TOKEN
-            )
+            num_frames = int(self.shards.lengths(np.array([index]))[0])
+            codes_ST = np.full((self.config.streams.num_streams, num_frames), ZERO_TOKEN)
             rejected = ((self.sample_id(index), str(error)),)
         weights_PT = loss_weights(
             codes_ST,
