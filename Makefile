@@ -43,6 +43,7 @@ gpu: ## what needs a GPU: its tests, recipes compared, the benchmarks (where CUD
 	  --peer moshi --peer-layers 4,12 --json docs/measurements/throughput_$$model.json || exit 1; done
 	$(PYTHON) $(STEP) --model 40b --layers 4 --sample-frames 1024 --recipe $(RECIPES) \
 	  --json docs/measurements/throughput_40b_4_layers.json
+	$(PYTHON) tools/measure_codecs.py --batches 1,8,32,128 --json docs/measurements/codec_speed_gpu.json
 
 # The digits to train on. Where espeak-ng or DALI is missing: carry runs/quickstart/{shards,codec,tokenizer.model} there.
 runs/quickstart/shards/rejected.jsonl:

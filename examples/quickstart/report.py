@@ -21,8 +21,8 @@ from megaspeech.codecs.registry import load_codec
 from megaspeech.config import Config
 from megaspeech.data.tokenizer import Tokenizer
 from megaspeech.model.counting import count_parameters
-from megaspeech.preparation.manifests.nemo import read_manifest
 from megaspeech.preparation.encoding import encode_recordings
+from megaspeech.preparation.manifests.nemo import read_manifest
 from megaspeech.preparation.reading import recordings_of
 from megaspeech.preparation.utterance import Utterance
 from megaspeech.streaming.evaluation import Evaluated, Evaluator

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -159,6 +160,8 @@ def draw(rows: list[Row], path: Path) -> None:
         bands.plot([edge / 1000 for edge in edges], [row.quality.band_db[edge] for edge in edges], "o-")
         entropy.plot(range(1, row.num_codebooks + 1), row.use.entropy_bits, "o-")
     near.set(xscale="log", xlabel="bits a second", ylabel="mel distance", title="nearness")
+    for axis_format in (near.xaxis.set_major_formatter, near.xaxis.set_minor_formatter):
+        axis_format(StrMethodFormatter("{x:,.0f}"))
     near.legend(fontsize="small")
     bands.set(xlabel="up to kHz", ylabel="log-spectral distance, dB", title="error by band", ylim=(0, None))
     entropy.set(xlabel="codebook", ylabel="bits", title="entropy of a code", ylim=(0, None))
@@ -174,7 +177,8 @@ def draw_spectrograms(sound: Sound, heard: Sequence[Tensor], path: Path, *, labe
     ):
         with np.errstate(divide="ignore"):  # digital silence
             axes.specgram(wave, NFFT=512, Fs=sound.rate, noverlap=384, vmin=-140, vmax=-40, cmap="magma")
+        axes.set_facecolor("black")
         axes.set_title(label, fontsize="small", loc="left")
         axes.set_ylabel("Hz", fontsize="small")
     axes.set_xlabel("seconds")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=60)  # noise does not compress

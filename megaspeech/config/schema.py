@@ -119,6 +119,8 @@ class DataSection(Section):
 
     directory: str = "shards"
     """Holds `train/NAME/` and `valid/NAME/`, sets of shards, for every NAME of the mixture."""
+    index_cache: str = ""
+    """Local folder for the indexes of shards whose `directory` is in S3 ("s3://BUCKET/KEY"), 28 bytes a sample."""
     mixture: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Weight of each set of shards, by name; weights need not sum to 1. Empty, the weights of `[[sources]]`."""
     mixture_by: Literal["samples", "hours", "epochs"] = "samples"

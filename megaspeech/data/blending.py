@@ -88,11 +88,11 @@ class Blend:
         self._dataset, self._number = blended.dataset_index, blended.dataset_sample_index
         self._counts = np.bincount(self._dataset, minlength=len(datasets))
 
-    def __call__(self, place: int) -> tuple[int, int]:
-        """(number of the set, number of the draw within it) of draw `place`."""
-        period, within = divmod(place, self.size)
-        dataset = int(self._dataset[within])
-        return dataset, int(period * self._counts[dataset] + self._number[within])
+    def __call__(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(numbers of the sets, numbers of the draws within each) of draws `places`, int64."""
+        periods, within = np.divmod(places, self.size)
+        datasets = self._dataset[within].astype(np.int64)
+        return datasets, periods * self._counts[datasets] + self._number[within]
 
     def draws(self, num_draws: int) -> Sequence[int]:
         """How many of the first `num_draws` draws each set has, by its number."""

@@ -17,6 +17,7 @@ from megaspeech.config import Config
 from megaspeech.data.batch import Batch, collate_step, pack_rows
 from megaspeech.data.blending import Blend, find_sets, mixture_of, shares_of
 from megaspeech.data.samples import ShardSamples
+from megaspeech.data.storage import shards_directory
 
 
 class _Draw(NamedTuple):
@@ -40,7 +41,8 @@ class TrainBatches:
     """
 
     def __init__(self, config: Config, *, dp_rank: int, dp_size: int) -> None:
-        directory, training = Path(config.data.directory) / "train", config.training
+        training = config.training
+        directory = shards_directory(config.data, "train", names=mixture_of(config))
         self.config, self.dp_rank, self.dp_size = config, dp_rank, dp_size
         self.shares = shares_of(config, directory)
         _allow_open_files(2 * config.data.shuffle_shards * len(self.shares))
@@ -78,15 +80,15 @@ class TrainBatches:
     def _groups(self, step: int) -> list[list[_Draw]]:
         """The global batch in microbatches, each of samples alike, with little padding."""
         size = self.config.training.global_batch_size
-        draws = [self._draw(place) for place in range(step * size, (step + 1) * size)]
-        lengths = [draw.samples.length(draw.index) for draw in draws]
-        groups = _group(lengths, config=self.config, dp_size=self.dp_size)
-        return [[draws[place] for place in group] for group in groups]
-
-    def _draw(self, place: int) -> _Draw:
-        dataset, number = self._blend(place)
-        samples = self._by_number[dataset]
-        return _Draw(samples, number, samples.place(number))
+        datasets, numbers = self._blend(np.arange(step * size, (step + 1) * size))
+        indexes, lengths = np.empty_like(numbers), np.empty_like(numbers)
+        for dataset in np.unique(datasets).tolist():
+            mine, shards = datasets == dataset, self._by_number[dataset].shards
+            indexes[mine] = shards.places(numbers[mine])
+            lengths[mine] = shards.lengths(indexes[mine])
+        draws = list(zip(datasets.tolist(), numbers.tolist(), indexes.tolist(), strict=True))
+        groups = _group(lengths.tolist(), config=self.config, dp_size=self.dp_size)
+        return [[_Draw(self._by_number[draws[place][0]], *draws[place][1:]) for place in group] for group in groups]
 
 
 def _allow_open_files(count: int) -> None:
@@ -126,10 +128,11 @@ def valid_batches(config: Config, *, dp_rank: int, dp_size: int) -> Mapping[str,
     """
     whole = config.loss.model_copy(update={"silence_fraction": 1.0, "speech_fraction": 1.0})
     config = config.model_copy(update={"loss": whole})
-    directory, batches = Path(config.data.directory) / "valid", {}
+    directory, batches = shards_directory(config.data, "valid", names=mixture_of(config)), {}
     for name in _valid_sets(config, directory):
         samples = ShardSamples(directory, name=name, config=config)
-        groups = _group(list(map(samples.length, range(len(samples.shards)))), config=config, dp_size=dp_size)
+        lengths = samples.shards.lengths(np.arange(len(samples.shards)))
+        groups = _group(lengths.tolist(), config=config, dp_size=dp_size)
         # Every rank runs the same number of microbatches, the last ones perhaps empty.
         groups += [[]] * (-len(groups) % (dp_size * _rounds(config)))
         own = [

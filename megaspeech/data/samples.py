@@ -38,20 +38,12 @@ class ShardSamples(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return np.iinfo(np.int64).max
 
-    def place(self, number: int) -> int:
-        """Which sample of the set is the `number`-th that is drawn, counted over all epochs."""
-        return self.shards.place(number)
-
-    def length(self, index: int) -> int:
-        """Frames of sample `index`, without reading it."""
-        return self.shards.length(index)
-
     def sample_id(self, index: int) -> str:
         """Of sample `index`, as "set/shard:index"."""
         return f"{self.name}/{self.shards.name(index)}"
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        return self.draw(number, index=self.place(number))
+        return self.draw(number, index=int(self.shards.places(np.array([number]))[0]))
 
     def draw(self, number: int, *, index: int) -> dict[str, Any]:
         """The `number`-th draw, which is sample `index`, with what chance adds to it."""
@@ -72,7 +64,8 @@ class ShardSamples(torch.utils.data.Dataset):
         try:
             codes_ST = self.shards[index]
         except DamagedSampleError as error:
-            codes_ST = np.full((self.config.streams.num_streams, self.length(index)), ZERO_TOKEN)
+            num_frames = int(self.shards.lengths(np.array([index]))[0])
+            codes_ST = np.full((self.config.streams.num_streams, num_frames), ZERO_TOKEN)
             rejected = ((self.sample_id(index), str(error)),)
         weights_PT = loss_weights(
             codes_ST,

@@ -123,15 +123,19 @@ class ShardSet:
     def __len__(self) -> int:
         return self.header.num_samples
 
-    def place(self, number: int) -> int:
-        """Which sample of the set is the `number`-th that is drawn, counted over all epochs."""
-        epoch, drawn = divmod(int(number), len(self))
-        order, ends = self._order(epoch)
-        window = int(np.searchsorted(ends, drawn, side="right"))
-        first = int(ends[window - 1]) if window else 0
-        if self._window[0] != (epoch, window):
-            self._window = ((epoch, window), self._shuffled(epoch, window, order=order))
-        return int(self._window[1][drawn - first])
+    def places(self, numbers: np.ndarray) -> np.ndarray:
+        """Which samples of the set are the `numbers`-th that are drawn, counted over all epochs `[D]` int64."""
+        found = np.empty(len(numbers), dtype=np.int64)
+        epochs, drawn = np.divmod(numbers, len(self))
+        for epoch in np.unique(epochs).tolist():
+            order, ends = self._order(epoch)
+            windows = np.where(epochs == epoch, np.searchsorted(ends, drawn, side="right"), -1)
+            for window in np.unique(windows[windows >= 0]).tolist():
+                mine, first = windows == window, ends[window - 1] if window else 0
+                if self._window[0] != (epoch, window):
+                    self._window = ((epoch, window), self._shuffled(epoch, window, order=order))
+                found[mine] = self._window[1][drawn[mine] - first]
+        return found
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(the shards of an epoch in order, how many samples are drawn by the end of each window)."""
@@ -153,10 +157,13 @@ class ShardSet:
         shard, within = self._find(index)
         return f"{self.catalogue.names[shard]}:{within}"
 
-    def length(self, index: int) -> int:
-        """Frames of sample `index`, without reading it."""
-        shard, within = self._find(index)
-        return self._shard(shard).length(within)
+    def lengths(self, indexes: np.ndarray) -> np.ndarray:
+        """Frames of samples, without reading them `[D]` int64."""
+        shards, found = np.searchsorted(self._starts, indexes, side="right") - 1, np.empty(len(indexes), dtype=np.int64)
+        for shard in np.unique(shards).tolist():
+            mine = shards == shard
+            found[mine] = self._shard(shard).lengths(indexes[mine] - self._starts[shard])
+        return found
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Sample `index` `[S, T]`. Raises DamagedSampleError if it is not whole."""

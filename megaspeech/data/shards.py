@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megaspeech.config import Config
+from megaspeech.data.storage import has_samples_here, open_samples
 
 FORMAT = 2
 READ_SIZE = 1 << 24  # bytes
@@ -84,6 +85,8 @@ class ShardHeader:
     def check_files(self, prefix: str | Path) -> None:
         """Raises ValueError naming a file beside the header that is missing, cut short or damaged, and the remedy."""
         for suffix, expected in self.num_bytes.items():
+            if suffix == "bin" and not has_samples_here(prefix):
+                continue
             path = Path(f"{prefix}.{suffix}")
             if not path.is_file():
                 raise ValueError(f"shard {prefix}: {path} is missing; {REMEDY}")
@@ -159,11 +162,16 @@ def write_shard(prefix: str | Path, samples: Iterable[np.ndarray], *, header: Sh
         checksums.append(xxhash.xxh64_intdigest(tokens.tobytes()))
         num_frames += codes_ST.shape[1]
     builder.finalize(f"{prefix}.idx")
+    return finish_shard(
+        prefix, header=replace(header, num_samples=len(checksums), num_frames=num_frames), checksums=checksums
+    )
+
+
+def finish_shard(prefix: str | Path, *, header: ShardHeader, checksums: Sequence[int]) -> ShardHeader:
+    """Write the samples' checksums, and last the header with sizes and checksums of the files; returns it."""
     np.asarray(checksums, dtype=np.uint64).tofile(f"{prefix}.xxh64")
     header = replace(
         header,
-        num_samples=len(checksums),
-        num_frames=num_frames,
         num_bytes={suffix: os.path.getsize(f"{prefix}.{suffix}") for suffix in ("bin", "idx", "xxh64")},
         checksums={suffix: _checksum_of(Path(f"{prefix}.{suffix}")) for suffix in ("idx", "xxh64")},
     )
@@ -182,36 +190,32 @@ def _checksum_of(path: Path) -> str:
 
 
 class Shard:
-    """A shard opened for reading. `shard[i]` is sample i `[S, T]`; raises DamagedSampleError if it is not whole.
-
-    Samples are read, not memory mapped: of a file that is cut short or cannot be read any more, a map kills the
-    process (SIGBUS), where a read says so. A forked process may go on reading beside its parent.
-    """
+    """A shard opened for reading. `shard[i]` is sample i `[S, T]`; raises DamagedSampleError if it is not whole."""
 
     def __init__(self, prefix: str | Path) -> None:
         self.header, self.prefix, self.name = ShardHeader.read(prefix), str(prefix), Path(prefix).name
         if len(self) == 0:  # checked first: an empty file cannot be memory mapped
             raise ValueError(f"shard {prefix} holds no samples; look into rejected.jsonl beside it, or drop it")
         self.header.check_files(prefix)
-        self._index = IndexedDataset(str(prefix), mmap=False).index
         self._checksums = np.memmap(f"{prefix}.xxh64", dtype=np.uint64, mode="r")
-        self._file = open(f"{prefix}.bin", "rb", buffering=0)  # noqa: SIM115 (closed by close())
+        self._samples = open_samples(prefix)
+        self._index = self._samples.index
 
     def close(self) -> None:
-        """Give back its file; nothing can be read any more."""
-        self._file.close()
+        """Give back its files; nothing can be read any more."""
+        self._samples.close()
 
     def __len__(self) -> int:
         return self.header.num_samples
 
-    def length(self, index: int) -> int:
-        """Frames of sample `index`, without reading it."""
-        return int(self._index.sequence_lengths[index]) // len(self.header.cardinalities)
+    def lengths(self, indexes: np.ndarray) -> np.ndarray:
+        """Frames of samples `indexes`, without reading them."""
+        return self._index.sequence_lengths[indexes] // len(self.header.cardinalities)
 
     def __getitem__(self, index: int) -> np.ndarray:
         size = int(self._index.sequence_lengths[index]) * np.dtype(self.header.token_type).itemsize
         try:
-            content = os.pread(self._file.fileno(), size, int(self._index.sequence_pointers[index]))
+            content = self._samples.read(int(self._index.sequence_pointers[index]), size)
         except OSError as error:
             raise DamagedSampleError(f"sample {index} of shard {self.prefix}: unreadable: {error.strerror}") from error
         if len(content) < size:

@@ -80,9 +80,6 @@ def _parse(model: bytes, *, name: str) -> Any:
         proto.ParseFromString(model)
     except DecodeError as error:
         raise ValueError(f"{name}: not a sentencepiece model ({error}); name a .model file") from error
-    # Among the fields that are not known here are sentences with their pieces, with which a model tests itself when
-    # it is opened; with more pieces they may have others.
-    proto.DiscardUnknownFields()
     return proto
 
 

@@ -15,6 +15,7 @@ Every effect has draws of its own: to change the chance of one leaves what is dr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -53,28 +54,30 @@ class Augmenter:
         self._noises = self._choose_files("noise") if settings.noise else []
         self._responses = self._choose_files("room") if settings.room and settings.room_files else []
 
-    def versions(self, utterance: Utterance) -> tuple[Utterance, ...]:
+    def versions(self, utterance: Utterance, *, max_seconds: float = math.inf) -> tuple[Utterance, ...]:
         """The samples that a line becomes: the first one, as it is or altered, and `copies` altered ones.
 
         A line that hears nothing stays as it is, and so does one to which nothing can be done (it alone in its unit
-        cannot have babble).
+        cannot have babble). None is slowed to more than `max_seconds`, which is what can be trained on.
         """
         if utterance.heard is None:
             return (utterance,)
         is_altered = self._draws(utterance.heard, 0, "share").random() < self._settings.share
         numbers = [*range(1, self._settings.copies + 1)]
-        plans = [self.plan(utterance, version=number) for number in numbers]
-        first = self.plan(utterance, version=len(numbers) + 1) if is_altered else None
+        plans = [self.plan(utterance, version=number, max_seconds=max_seconds) for number in numbers]
+        first = self.plan(utterance, version=len(numbers) + 1, max_seconds=max_seconds) if is_altered else None
         copies = tuple(plan.apply_to(utterance) for plan in plans if plan is not None)
         return (utterance if first is None else first.apply_to(utterance), *copies)
 
-    def plan(self, utterance: Utterance, *, version: int) -> Plan | None:
+    def plan(self, utterance: Utterance, *, version: int, max_seconds: float = math.inf) -> Plan | None:
         """What is done to what a line hears, at least one thing; None if nothing can be."""
         heard, settings = utterance.heard, self._settings
         assert heard is not None
         voices = self._voices_behind(utterance)
         possible = {name: getattr(settings, name) for name in EFFECTS}
-        if utterance.spoken is not None:
+        slowest, fastest = settings.speed_factor
+        slowest = max(slowest, (heard.seconds or 0.0) / max_seconds)
+        if utterance.spoken is not None or slowest > fastest:
             possible["speed"] = 0.0
         if not voices:
             possible["talker"] = possible["babble"] = 0.0
@@ -85,14 +88,22 @@ class Augmenter:
         if not chosen:
             weights = np.array(list(possible.values()))
             chosen = {str(self._draws(heard, version, "one").choice(list(possible), p=weights / weights.sum()))}
-        return self._draw_plan(heard, version, chosen=chosen, voices=voices)
+        return self._draw_plan(heard, version, chosen=chosen, voices=voices, speeds=(slowest, fastest))
 
-    def _draw_plan(self, heard: Recording, version: int, *, chosen: set[str], voices: Sequence[Recording]) -> Plan:
+    def _draw_plan(
+        self,
+        heard: Recording,
+        version: int,
+        *,
+        chosen: set[str],
+        voices: Sequence[Recording],
+        speeds: tuple[float, float],
+    ) -> Plan:
         """The particulars of the chosen effects."""
         settings, plan = self._settings, Plan(version)
         draws = {name: self._draws(heard, version, f"{name} how") for name in chosen}
         if "speed" in chosen:
-            plan = replace(plan, speed=round(float(draws["speed"].uniform(*settings.speed_factor)), 3))
+            plan = replace(plan, speed=math.ceil(1000 * draws["speed"].uniform(*speeds)) / 1000)
         if "room" in chosen:
             plan = replace(plan, room=self._draw_place(draws["room"]))
         if "level" in chosen:

@@ -25,7 +25,7 @@ class Composed:
 
     Attributes:
         codes_ST: the sample, int64.
-        moved_words: words that stand later than they should, because the ones before them took their frames.
+        moved_words: words that stand later than they should: the ones before them, or the prompt, have their frames.
         largest_shift: frames by which the one that was moved farthest was.
         frames_past_end: frames for which the text goes on after the audio has ended, and the task delay after it.
         unknown_pieces: stretches of the text that the tokenizer has no piece for; they are left out.
@@ -74,7 +74,7 @@ def compose(
         text=text_stream(words, prompt=tokenizer.encode_prompt(task), num_frames=end + 1, streams=config.streams),
         heard=heard,
         spoken=spoken,
-        silence=codec.silence_codes.numpy(),
+        silence=codec.silence_codes.cpu().numpy(),
         timing=timing,
         streams=config.streams,
     )
@@ -98,7 +98,7 @@ def _compose_text(utterance: Utterance, *, config: Config, codec: Codec, tokeniz
         text=text_stream([(PROMPT_FRAMES, pieces)], prompt=prompt, num_frames=0, streams=config.streams),
         heard=None,
         spoken=None,
-        silence=codec.silence_codes.numpy(),
+        silence=codec.silence_codes.cpu().numpy(),
         timing=timing_of(config),
         streams=config.streams,
     )

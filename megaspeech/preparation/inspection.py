@@ -110,7 +110,7 @@ def summarise(prefixes: Sequence[Path]) -> Summary:
     lengths: list[int] = []
     for prefix in measured:
         shard = Shard(prefix)
-        lengths.extend(shard.length(index) for index in range(len(shard)))
+        lengths.extend(shard.lengths(np.arange(len(shard))).tolist())
     return Summary(
         headers[0],
         num_shards=len(headers),

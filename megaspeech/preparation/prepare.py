@@ -126,19 +126,26 @@ class Preparation:
                 decoder=self._decoder,
                 settings=self.config.preparation,
                 timeline=self.timeline,
-                background=self._background(recordings),
+                background=self._background(recordings, refused=refused),
             ):
                 yield read, window
             yield read, None
 
-    def _background(self, recordings: Sequence[Recording]) -> dict[Recording, np.ndarray]:
-        """What is heard behind recordings, without those that cannot be decoded."""
-        others = others_of(recordings)
+    def _background(self, recordings: Sequence[Recording], *, refused: list[Refused]) -> dict[Recording, np.ndarray]:
+        """What is heard behind recordings. Of what cannot be decoded, the user's own files are added to `refused`; a
+        recording of the unit is set aside for itself."""
+        others, background = others_of(recordings), {}
         if not others:
             return {}
+        own = {(one.path, one.span) for one in recordings}
         # Nothing is asked of them: a room's response is short and quiet.
         decoder = Decoder(sample_rate=self.codec.sample_rate, num_threads=self.config.preparation.num_threads)
-        return {others[index]: result for index, result in decoder.decode(others) if not isinstance(result, Rejection)}
+        for index, result in decoder.decode(others):
+            if not isinstance(result, Rejection):
+                background[others[index]] = result
+            elif (others[index].path, others[index].span) not in own:
+                refused.append(Refused(str(others[index].path), result.reason))
+        return background
 
     def _write(self, read: UnitRead) -> None:
         samples: dict[str, list[np.ndarray]] = defaultdict(list)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 from megaspeech.config import Config
@@ -23,7 +24,8 @@ def read_utterances(unit: Unit, *, config: Config, frame_rate: float) -> tuple[l
     utterances = [piece for line in whole for piece in _pieces(line, config=config, frame_rate=frame_rate)]
     if is_altered(config, unit):
         augmenter = Augmenter(config.augmentation, seed=config.run.seed, utterances=utterances)
-        utterances = [version for line in utterances for version in augmenter.versions(line)]
+        most = functools.partial(_max_seconds, config=config, frame_rate=frame_rate)
+        utterances = [one for line in utterances for one in augmenter.versions(line, max_seconds=most(line))]
     return utterances, refused
 
 
@@ -37,11 +39,20 @@ def recordings_of(utterances: Iterable[Utterance]) -> list[Recording]:
     return list(dict.fromkeys(one for utterance in utterances for one in utterance.recordings))
 
 
+def _most_frames(utterance: Utterance, *, config: Config) -> int:
+    """Of audio that fit a training sample."""
+    timing, task = timing_of(config), utterance.task
+    return config.data.num_frames - timing.speech_origin(task) - (timing.task_delay if task.hears else 0)
+
+
+def _max_seconds(utterance: Utterance, *, config: Config, frame_rate: float) -> float:
+    """Of a piece of a line, with room for the text of its last words."""
+    return max(1, _most_frames(utterance, config=config) - ROOM_FOR_TEXT) / frame_rate
+
+
 def _pieces(utterance: Utterance, *, config: Config, frame_rate: float) -> list[Utterance]:
     """A line as it is, or cut into pieces that a training sample holds."""
-    timing, task = timing_of(config), utterance.task
-    most = config.data.num_frames - timing.speech_origin(task) - (timing.task_delay if task.hears else 0)
     lengths = [recording.seconds or 0.0 for recording in utterance.recordings]
-    if max(lengths, default=0.0) * frame_rate <= most:
+    if max(lengths, default=0.0) * frame_rate <= _most_frames(utterance, config=config):
         return [utterance]
-    return cut_to_length(utterance, max_seconds=max(1, most - ROOM_FOR_TEXT) / frame_rate)
+    return cut_to_length(utterance, max_seconds=_max_seconds(utterance, config=config, frame_rate=frame_rate))

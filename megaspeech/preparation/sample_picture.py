@@ -20,7 +20,7 @@ from megaspeech.preparation.inspection import Inspected, Party
 WINDOW = 512
 """Samples of a window of the spectrogram."""
 FONTS = ("DejaVu Sans", "Noto Sans CJK JP", "Noto Sans JP", "IPAexGothic", "IPAGothic", "Hiragino Sans", "Yu Gothic")
-"""Asked one after the other for a character; those that are installed."""
+"""Asked one after the other for a character; those that are installed. One that none of them has becomes a box."""
 
 
 def draw_sample(sample: Inspected, path: str | Path) -> None:

@@ -24,13 +24,13 @@ def write_waves(sample: Inspected, prefix: str | Path) -> list[Path]:
 
 def play(sample: Inspected) -> None:
     """Play the sample to its end; of two parties the model is left, as in moshi's files, the heard one right."""
+    if not sample.parties:
+        raise ValueError(f"a sample of {sample.task.key} has no sound")
     try:
         import sounddevice
     except (ImportError, OSError) as error:  # OSError: the package is there, PortAudio is not
         raise ImportError(
             f"playing needs sounddevice and PortAudio ({error}): pip install sounddevice; or listen to --output's files"
         ) from None
-    if not sample.parties:
-        raise ValueError(f"a sample of {sample.task.key} has no sound")
     waveforms = [party.waveform for party in reversed(sample.parties.values())]
     sounddevice.play(np.stack(waveforms, axis=1), sample.sample_rate, blocking=True)

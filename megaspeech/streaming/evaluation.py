@@ -134,8 +134,8 @@ class Evaluator:
     def _latency(self, result: Evaluated, *, decode_seconds: float) -> Latency | None:
         task = result.utterance.task
         shared = {"task": task, "timing": self.timing, "frame_rate": self.codec.frame_rate, "tokenizer": self.tokenizer}
-        heard_words = result.utterance.source_words or result.utterance.words
-        if task.hears and not heard_words:  # when the last word ends is not known
+        heard_words = result.utterance.source_words or (() if task.speaks else result.utterance.words)
+        if task.hears and not heard_words:  # when the last heard word ends is not known
             return None
         heard_end = heard_words[-1].end if task.hears else None
         if not task.speaks:

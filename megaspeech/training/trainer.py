@@ -20,6 +20,7 @@ from megaspeech.data.mixture import TrainBatches, valid_batches
 from megaspeech.data.rejected import RejectedSamples
 from megaspeech.data.shard_set import Catalogue
 from megaspeech.data.shards import check_origins
+from megaspeech.data.storage import shards_directory
 from megaspeech.data.tokenizer import Tokenizer
 from megaspeech.model.counting import count_flops, count_parameters
 from megaspeech.model.initialisation import initialise_from_codebooks
@@ -220,10 +221,12 @@ class Trainer:
 
     def _check_shards(self) -> None:
         """Refuse shards of another codec or tokenizer than the run's, or of several."""
-        directory, tokenizer = Path(self.config.data.directory), Path(self.config.data.tokenizer)
-        sets = [("train", name) for name in self.batches.samples] + [("valid", name) for name in self.valid]
+        tokenizer = Path(self.config.data.tokenizer)
+        valid = shards_directory(self.config.data, "valid", names=())
+        headers = {f"train/{name}": samples.shards.header for name, samples in self.batches.samples.items()}
+        headers |= {f"valid/{name}": Catalogue.read(valid / name).header for name in self.valid}
         check_origins(
-            {str(directory / split / name): Catalogue.read(directory / split / name).header for split, name in sets},
+            headers,
             codec=(f"codec.path = {self.config.codec.path}", self.codec.fingerprint) if self.codec else None,
             tokenizer=(f"data.tokenizer = {tokenizer}", Tokenizer.load(tokenizer).fingerprint)
             if tokenizer.is_file()

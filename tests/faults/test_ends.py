@@ -93,7 +93,7 @@ journal.resume(0)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))
 for step in range(1, 200):
-    metrics = StreamMetrics(1.0, 1.0, 1.0, {}, {}, num_frames=8)
+    metrics = StreamMetrics(1.0, 1.0, 1.0, {}, {}, num_frames=8, padding=0.0)
     journal.step(step, metrics, grad_norm=1.0, learning_rate=1.0, seconds=1.0)
 journal.close()
 print("trained")

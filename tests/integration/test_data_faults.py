@@ -88,7 +88,7 @@ def test_killed_worker_costs_nothing(home: Path, straight: list[dict]) -> None:
 
 def test_flipped_bit_costs_one_sample(home: Path) -> None:
     """On two ranks that read the same batches: said once, though both find it, and at every epoch again."""
-    path = _copy_of_shards(home, name="flipped") / "train" / "tts-en.bin"
+    path = _copy_of_shards(home, name="flipped") / "train" / "tts-en" / "000000.bin"
     content = bytearray(path.read_bytes())
     content[0] ^= 1
     path.write_bytes(content)
@@ -98,9 +98,9 @@ def test_flipped_bit_costs_one_sample(home: Path) -> None:
     assert [record["step"] for record in curve(home / "flipped_run")] == list(range(1, STEPS + 1))
     (line,) = (home / "flipped_run" / "rejected_samples.jsonl").read_text().splitlines()
     record = json.loads(line)
-    reason = f"sample 0 of shard {home}/flipped/train/tts-en: its checksum is not the one written"
-    assert record == {"step": record["step"], "sample": "tts-en:0", "reason": reason}
-    assert finished.stdout.count(f"left out tts-en:0: {reason}") == 1 == finished.stdout.count("left out")
+    reason = f"sample 0 of shard {home}/flipped/train/tts-en/000000: its checksum is not the one written"
+    assert record == {"step": record["step"], "sample": "tts-en/000000:0", "reason": reason}
+    assert finished.stdout.count(f"left out tts-en/000000:0: {reason}") == 1 == finished.stdout.count("left out")
 
 
 def test_truncated_shard_is_refused_at_the_start(home: Path) -> None:

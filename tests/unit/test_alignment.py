@@ -64,9 +64,9 @@ def spans(one: Utterance, *, tokenizer: Tokenizer, seconds: float = 4.0) -> list
 
 
 def test_words_with_times_keep_them_to_the_bit(tokenizer: Tokenizer) -> None:
-    words = [("three", 0.1, 0.30000000000000004), ("seven", 0.7, 1.1)]
+    words = [("three", 0.1, 0.3), ("seven", 0.19, 0.88)]  # 0.19 + (0.88 - 0.19) is less, and a frame before
     assert spans(utterance(ASR, "three seven", *words), tokenizer=tokenizer) == words
-    japanese = [("三", 0.1, 0.3), ("七", 0.7, 1.1)]
+    japanese = [("三", 0.1, 0.3), ("七", 0.19, 0.88)]
     assert spans(utterance(ASR, "三七", *japanese), tokenizer=tokenizer) == japanese  # though the text has no space
 
 

@@ -142,6 +142,16 @@ def test_what_the_model_says_is_left_alone_and_its_clock_kept():
     assert Augmenter(section, seed=0, utterances=[spoken]).versions(spoken) == (spoken,)
 
 
+def test_none_is_slowed_to_more_than_can_be_trained_on():
+    section = AugmentationSection(copies=8, speed=1.0)
+    augmenter = Augmenter(section, seed=0, utterances=UNIT)  # of 2 s
+    for most, slowest in ((1.9, 1.052), (2.0, 1.0), (2.1, 0.952)):
+        speeds = [line.heard.plan.speed for line in augmenter.versions(UNIT[0], max_seconds=most)[1:]]
+        assert len(speeds) == 8 and slowest <= min(speeds) and max(speeds) <= 1.1
+    assert augmenter.versions(UNIT[0], max_seconds=1.8) == (UNIT[0],)  # it cannot be: it would have to be faster still
+    assert min(line.heard.plan.speed for line in augmenter.versions(UNIT[0])[1:]) < 0.95
+
+
 def test_two_tasks_of_one_recording_share_what_is_made():
     line = UNIT[0]
     translated = dataclasses.replace(line, task=Task("st", "ja", "en"))
@@ -210,7 +220,7 @@ def test_files_that_are_not_there_are_named(tmp_path):
 
 def test_a_whole_unit_as_the_preparation_does_it(noises):
     """Plans first, then what they need is decoded once, then every waveform; windows of any size give the same."""
-    section = ALL.model_copy(update={"noise": 0.5, "noise_files": str(noises)})
+    section = ALL.model_copy(update={"noise": 0.5, "noise_files": str(noises), "reverberation": (0.2, 0.25)})
     recordings = [version.heard for version in _versions(section)]
     waveforms = {one.heard: _speech(2.0, seed=number) for number, one in enumerate(UNIT)}
     waveforms |= {

@@ -101,7 +101,7 @@ def test_draws_beyond_a_period_go_on(home: Path, monkeypatch: pytest.MonkeyPatch
     found = shares_of(config, home / "train")
     samples = {name: ShardSamples(home / "train", name=name, config=config) for name in found}
     blend = Blend(samples, shares=found, num_draws=1050)
-    draws = [blend(place) for place in range(1050)]
+    draws = list(zip(*map(np.ndarray.tolist, blend(np.arange(1050))), strict=True))
     for number, (name, share) in enumerate(found.items()):
         own = [draw for dataset, draw in draws if dataset == number]
         assert own == list(range(len(own))) and abs(len(own) - 1050 * share) < 11, name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ def test_the_ratio_is_the_one_asked_for(kind, others, snr):
 
 def test_the_ratio_is_of_what_sounds():
     """A tone for a tenth of the time under steady noise: by hand, without the code's own measure of level."""
-    tone = np.zeros(10 * RATE, dtype=np.float32)
+    tone = np.random.default_rng(1).normal(0, 1e-4, 10 * RATE).astype(np.float32)  # a pause is never quite silent
     tone[:RATE] = 0.1 * np.sin(2 * np.pi * 440 * np.arange(RATE) / RATE)
     noise = np.random.default_rng(0).standard_normal(3 * RATE).astype(np.float32)
     plan = Plan(1, layers=(Layer("noise", (OTHER,), (0.0,), 12.0),))
@@ -130,6 +131,8 @@ def test_a_telephone_passes_its_band_alone():
     for hertz in (100, 1000, 6000):
         tone = 0.3 * np.sin(2 * np.pi * hertz * time).astype(np.float32)
         levels[hertz] = _ratio(telephone(tone, sample_rate=RATE), tone)
+    tone = 0.3 * np.sin(2 * np.pi * 400 * time).astype(np.float32)
+    assert np.corrcoef(tone, telephone(tone, sample_rate=RATE))[0, 1] > 0.98  # in step: the filter delays nothing
     assert abs(levels[1000]) < 0.5 and levels[100] < -20 and levels[6000] < -30
     noise = telephone(_speech(), sample_rate=RATE)
     assert len(np.unique(noise)) > 1000  # of the line's rate it is no more
@@ -166,3 +169,17 @@ def test_silence_stays_silence(length):
     plan = Plan(1, room=ROOM, layers=(Layer("noise", (OTHER,), (0.0,), 0.0),), telephone=True)
     silence = np.zeros(length, dtype=np.float32)
     assert not alter(silence, plan, sample_rate=RATE, background={OTHER: _speech()}).any()
+
+
+@pytest.mark.parametrize(
+    "package, plan",
+    [
+        ("soxr", Plan(1, speed=1.1)),
+        ("scipy.signal", Plan(1, telephone=True)),
+        ("pyroomacoustics", Plan(1, room=Room((5.0, 4.0, 3.0), (1.0, 1.0, 1.0), (2.0, 2.0, 1.0), 0.2))),
+    ],
+)
+def test_a_package_that_lacks_is_named(package, plan, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=r"pip install megaspeech\[augmentation\]"):
+        alter(_speech(0.2), plan, sample_rate=RATE, background={})

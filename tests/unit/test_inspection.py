@@ -32,6 +32,8 @@ from megaspeech.preparation.inspection import (  # noqa: E402
     stream_lines,
     summarise,
 )
+from megaspeech.preparation.sample_picture import draw_sample  # noqa: E402
+from megaspeech.preparation.sample_sound import play  # noqa: E402
 from megaspeech.preparation.utterance import Recording, Utterance, Word  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -175,6 +177,17 @@ def test_another_codec_or_tokenizer_is_refused(
     for key, word in (("codec_fingerprint", "codec"), ("tokenizer_fingerprint", "tokenizer")):
         with pytest.raises(ValueError, match=f"made with a {word} of fingerprint other"):
             check_made_with(replace(header, **{key: "other"}), codec=codec, tokenizer=tokenizer)
+
+
+def test_text_alone_has_a_picture_too(codec: SpectralCodec, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tools = {"config": make_config(tmp_path), "codec": codec, "tokenizer": tokenizer}
+    codes_ST = compose(Utterance(Task("text", "en", "en"), "three seven", ()), {}, **tools).codes_ST
+    sample = inspect_sample(codes_ST, header=shard_header("text-en", **tools), codec=codec, tokenizer=tokenizer)
+    assert not sample.parties and [word.word for word in sample.words] == ["three", "seven"]
+    draw_sample(sample, tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="text-en has no sound"):
+        play(sample)
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess:

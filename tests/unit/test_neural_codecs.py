@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_codecs import save_small, small_model, sounds
 from torch import Tensor
 
 from megaspeech.codecs import Codec, load_codec, mimi
 from megaspeech.codecs.encodec import EncodecCodec
-from tests.small_codecs import save_small, small_model, sounds
 
 pytest.importorskip("transformers")
 KINDS = ("mimi", "encodec", "dac")
@@ -107,6 +107,16 @@ def test_padding_changes_no_code_of_a_causal_codec(codecs: dict[str, Codec], kin
         longer = torch.nn.functional.pad(waveforms, (0, codec.frame_size * 13))
         changed |= not torch.equal(codec.encode(longer)[..., :frames], codes)
     assert codec.is_causal is (kind in CAUSAL) is (not changed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_of_a_row_do_not_depend_on_its_batch(codecs: dict[str, Codec], kind: str) -> None:
+    codec = codecs[kind]
+    waveforms = sounds(codec.frame_size * 20, batch=5)
+    alone = torch.cat([codec.encode(row[None]) for row in waveforms])
+    assert torch.equal(codec.encode(waveforms), alone)
+    sound = codec.decode(alone)
+    assert nearly(torch.cat([codec.decode(row[None]) for row in alone]), sound)
 
 
 @pytest.mark.parametrize("kind", KINDS)

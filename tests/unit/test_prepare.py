@@ -185,6 +185,18 @@ def test_altered_versions_are_samples_of_their_own(tmp_path: Path, codec: Spectr
     assert not any(np.array_equal(noisy[3 * index + copy], clean[index]) for index in range(4) for copy in (1, 2))
 
 
+def test_noise_that_cannot_be_decoded_is_said(tmp_path: Path, codec: SpectralCodec, tokenizer: Tokenizer) -> None:
+    lines = [line(record(tmp_path, f"{i}", seconds=1.0, pitch=100 + 30 * i).name) for i in range(3)]
+    (tmp_path / "noise").mkdir()
+    (tmp_path / "noise/bad.wav").write_bytes(b"RIFF")
+    overrides = ("augmentation.copies=1", "augmentation.noise=1.0", f"augmentation.noise_files={tmp_path}/noise")
+    config = make_project(tmp_path, *overrides, a=lines)
+    preparation, units = prepare(config, codec=codec, tokenizer=tokenizer)
+    assert preparation.store.sum(units).samples == {"asr-en": 6}
+    ((name, task, reason),) = rejections(config)
+    assert (name, task) == ("bad.wav", "") and reason
+
+
 def test_samples_hold_the_codes_of_their_recordings(tmp_path: Path, codec: SpectralCodec, tokenizer: Tokenizer) -> None:
     config = make_project(tmp_path, a=[])
     path = record(tmp_path, "x", seconds=1.0)

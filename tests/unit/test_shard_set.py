@@ -39,7 +39,7 @@ def test_samples_are_numbered_over_all_shards(directory: Path) -> None:
     shards = ShardSet(directory)
     assert len(shards) == sum(SIZES) == shards.header.num_samples
     assert [int(shards[index][0, 0]) for index in range(len(shards))] == list(range(len(shards)))
-    assert [shards.length(index) for index in (0, 3, 4, 5, 20)] == [3, 6, 3, 3, 4]
+    assert shards.lengths(np.array([0, 3, 4, 20, 5])).tolist() == [3, 6, 3, 4, 3]
     assert [shards.name(index) for index in (3, 4, 14, 20)] == ["000000:3", "000001:0", "000005:0", "000006:1"]
     assert shards.header.num_frames == sum(shards[index].shape[1] for index in range(len(shards)))
 
@@ -47,26 +47,26 @@ def test_samples_are_numbered_over_all_shards(directory: Path) -> None:
 @pytest.mark.parametrize("shuffle_shards", [1, 2, 3, 7, 50])
 def test_an_epoch_has_every_sample_once_in_an_order_of_its_own(directory: Path, shuffle_shards: int) -> None:
     shards, size = ShardSet(directory, shuffle_shards=shuffle_shards), sum(SIZES)
-    epochs = [[shards.place(epoch * size + drawn) for drawn in range(size)] for epoch in range(3)]
+    epochs = [shards.places(np.arange(epoch * size, (epoch + 1) * size)).tolist() for epoch in range(3)]
     assert all(Counter(epoch) == Counter(range(size)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     again = ShardSet(directory, shuffle_shards=shuffle_shards)
-    assert [again.place(drawn) for drawn in (50, 7, 22, 0)] == [
-        epochs[drawn // size][drawn % size] for drawn in (50, 7, 22, 0)
-    ]
+    drawn = (50, 7, 22, 0)
+    assert again.places(np.array(drawn)).tolist() == [epochs[one // size][one % size] for one in drawn]
 
 
 def test_a_window_is_a_few_shards(directory: Path) -> None:
     """So an epoch opens every shard once, and few at a time."""
     shards = ShardSet(directory, shuffle_shards=2)
-    drawn = [shards._find(shards.place(number))[0] for number in range(sum(SIZES))]
+    places = shards.places(np.arange(sum(SIZES))).tolist()
+    drawn = [shards._find(place)[0] for place in places]
     last, first = {}, {}
     for number, shard in enumerate(drawn):
         last[shard] = number
         first.setdefault(shard, number)
     assert all(len([s for s in first if first[s] <= number <= last[s]]) <= 2 for number in range(len(drawn)))
-    for number in range(sum(SIZES)):
-        shards[shards.place(number)]
+    for place in places:
+        shards[place]
     assert len(shards._open) <= 4
 
 

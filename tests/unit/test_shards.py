@@ -60,7 +60,7 @@ def test_samples_and_header_come_back(tmp_path: Path) -> None:
     assert shard.header == header == ShardHeader.read(tmp_path / "deep" / "st-ja-en")
     assert (len(shard), shard.name) == (3, "st-ja-en")
     for index, sample in enumerate(written):
-        assert np.array_equal(shard[index], sample) and shard.length(index) == sample.shape[1]
+        assert np.array_equal(shard[index], sample) and shard.lengths(np.array([index])) == sample.shape[1]
     assert sorted(path.suffix for path in (tmp_path / "deep").iterdir()) == [".bin", ".idx", ".json", ".xxh64"]
 
 
@@ -186,7 +186,7 @@ def test_a_flipped_bit_is_found_and_the_sample_named(tmp_path: Path, place: int,
         DamagedSampleError, match=rf"^sample {index} of shard {tmp_path}/x: its checksum is not the one"
     ):
         shard[index]
-    assert shard.length(index) == written[index].shape[1]
+    assert shard.lengths(np.array([index])) == written[index].shape[1]
 
 
 def test_what_is_cut_off_under_an_open_shard_is_named(tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 from megaspeech.config.schema import StreamsSection
 from megaspeech.data.tasks import Task, prompt_symbols
@@ -27,7 +29,7 @@ def trained(texts: list[str], **settings: object) -> bytes:
     return model.getvalue()
 
 
-UNIGRAM = trained(ENGLISH, pad_id=3, self_test_sample_size=4)
+UNIGRAM = trained(ENGLISH, pad_id=3)
 # As Llama's: BPE, bytes for what is unknown, no normalisation, no PAD.
 LIKE_LLAMA = trained(
     ENGLISH, model_type="bpe", byte_fallback=True, vocab_size=330, normalization_rule_name="identity", pad_id=-1
@@ -94,6 +96,20 @@ def test_pieces_of_another_language(kind: str) -> None:
     full = extend_tokenizer(model, languages=["en", "ja"], donor=donor, vocabulary_size=200)
     assert full.vocabulary_size == 200 and pieces(full)[: after.vocabulary_size] == pieces(after)
     assert not full.is_text(199) and "<unused_0>" in pieces(full)
+
+
+def test_bpe_first_merges_what_it_merged_before() -> None:
+    texts, others = ["abab abab cc", "ab cab ab"] * 4, ["bca bca aca", "aca bca"] * 4
+    model, donor = (trained(lines, model_type="bpe", vocab_size=14, pad_id=3) for lines in (texts, others))
+    plain, after = Tokenizer(model), extend_tokenizer(model, languages=["en"], donor=donor)
+    for text in (*texts, *others, "cac"):  # of which one makes "c" the beginning of a word, the other "ca" a piece
+        old, new = (
+            set(itertools.accumulate(map(len, tokenizer.processor.encode(text, out_type=str))))
+            for tokenizer in (plain, after)
+        )
+        assert new <= old  # where pieces end
+    proto = sentencepiece_model_pb2.ModelProto.FromString(after.model)
+    assert proto.trainer_spec.vocab_size == len(proto.pieces) == after.vocabulary_size
 
 
 def test_faults_name_what_to_do() -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_codecs import sounds
 from torch import Tensor
 
 from megaspeech.codecs import Codec, load_codec
 from megaspeech.codecs.wavtokenizer import WavTokenizerCodec
 from megaspeech.codecs.wavtokenizer_model import WavTokenizerModel, WavTokenizerSizes, read_weights
-from tests.small_codecs import sounds
 
 PUBLISHED = json.loads((Path(__file__).parent / "wavtokenizer_weights.json").read_text(encoding="utf-8"))
 SMALL = WavTokenizerSizes(

@@ -19,6 +19,7 @@ import multiprocessing.connection
 import os
 import shutil
 import tempfile
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -249,7 +250,7 @@ class TextToSpeech:
         except UnicodeDecodeError:
             raise ValueError("text: not UTF-8") from None
         if self.text.suffix != ".jsonl":
-            return " ".join(content.split()), self.settings.language, ""
+            return _cleaned(content), self.settings.language, ""
         try:
             values = json.loads(content)
         except json.JSONDecodeError:
@@ -257,7 +258,15 @@ class TextToSpeech:
         if not isinstance(values, dict) or not isinstance(values.get("text"), str):
             raise ValueError("text: the line has no such key")
         language = values.get("lang") or self.settings.language
-        return " ".join(values["text"].split()), str(language), str(values.get("speaker") or "")
+        return _cleaned(values["text"]), str(language), str(values.get("speaker") or "")
+
+
+def _cleaned(text: str) -> str:
+    """One space between words. An engine would stop at a control character, and nobody would notice."""
+    text = " ".join(text.split())
+    if any(unicodedata.category(sign) in ("Cc", "Cs") for sign in text):
+        raise ValueError("text: a control character")
+    return text
 
 
 def _manifest_line(

@@ -19,7 +19,8 @@ import numpy as np
 
 from megaspeech.preparation.synthesis.speech import Speech, Voice, cut, cut_at, join
 
-_SILENT = {"sil", "pau", "sp"}  # phonemes
+_SILENT = {"sil", "pau", "sp", "unk"}  # phonemes
+_LOUDEST = 4.0  # of full scale; its filter can run away on odd text
 _POINTS = ".,．，"  # within a number
 _ENGINE_BYTES = 1 << 16  # more than an HTS_Engine holds
 
@@ -33,9 +34,10 @@ def speak(words: Sequence[str], *, voice: Voice, pace: float, gaps: Sequence[flo
 def read_aloud(text: str, *, voice: Voice, pace: float, sample_rate: int) -> tuple[Speech, tuple[str, ...]]:
     """As `synthesis.words.read_aloud`; the words are accent phrases, with the punctuation that follows them."""
     morphemes = _jtalk().g2p_mapping(text)
-    unread = [one["surface"] for one in morphemes if "unk" in one["phonemes"]]
-    if unread:
-        raise ValueError(f"Open JTalk does not read {unread[0]!r}")
+    for one in morphemes:
+        # A dash that it does not know is no loss; a letter or a picture is.
+        if "unk" in one["phonemes"] and not all(unicodedata.category(sign)[0] in "PZ" for sign in one["surface"]):
+            raise ValueError(f"Open JTalk does not read {one['surface']!r}")
     words, lengths = _phrases(text, morphemes)
     if not sum(lengths):
         raise ValueError("nothing in it sounds")
@@ -144,7 +146,10 @@ def _sound(labels: tuple[str, ...], *, voice: Voice, pace: float) -> tuple[np.nd
     """Samples float32 `[N]` and their rate."""
     own_pitch = voice.half_tone - 12 * math.log2(voice.tract)  # resampling will raise it back
     samples, rate = _jtalk().synthesize(list(labels), pace / voice.tract, own_pitch)
-    return (samples / 32768).astype(np.float32), rate
+    samples = samples / 32768
+    if not np.abs(samples).max(initial=0.0) < _LOUDEST:  # which NaN is not, either
+        raise ValueError("Open JTalk makes a sound without bounds of it")
+    return samples.astype(np.float32), rate
 
 
 def _resampled(samples: np.ndarray, *, voice: Voice, rate: int, sample_rate: int) -> np.ndarray:
