@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from megaspeech.data.shard_set import CATALOGUE, write_catalogue
+from megaspeech.data.shard_set import write_catalogue
 from megaspeech.data.shards import ShardHeader, write_shard
 from megaspeech.preparation.audio_checks import kind_of
 from megaspeech.preparation.sources import Unit
@@ -130,41 +130,54 @@ class UnitStore:
             rejected: lines for `rejected.jsonl`; "reason" is counted.
             notes, largest_shift, seconds: for the totals.
         """
-        folder = self.folder(unit)
-        aside = folder / UNITS / f"{unit.number:06d}.{uuid.uuid4().hex}.part"  # another task's has another name
-        aside.mkdir(parents=True)
         totals = Totals(notes=Counter(notes), largest_shift=largest_shift, seconds=seconds)
+        # Another task that does this unit too has a folder of another name.
+        aside = self.folder(unit) / UNITS / f"{unit.number:06d}.{uuid.uuid4().hex}.part"
+        try:
+            aside.mkdir(parents=True)
+            self._write(unit, aside, samples, header=header, rejected=list(rejected), totals=totals)
+            self._move_in(unit, aside, tasks=list(samples))
+        except FileNotFoundError:
+            if not self.is_done(unit):  # else that task was faster, and cleared up: see `finish`
+                raise
+
+    def _write(
+        self,
+        unit: Unit,
+        aside: Path,
+        samples: Mapping[str, Sequence[np.ndarray]],
+        *,
+        header: Callable[[str], ShardHeader],
+        rejected: Sequence[Mapping[str, str]],
+        totals: Totals,
+    ) -> None:
+        """Write a unit's files into a folder of their own; completes the totals."""
         for task, rows in samples.items():
             written = write_shard(aside / task, rows, header=header(task))
             totals.samples[task], totals.frames[task] = written.num_samples, written.num_frames
-        lines = list(rejected)
-        totals.rejected.update(kind_of(line["reason"]) for line in lines)
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        totals.rejected.update(kind_of(line["reason"]) for line in rejected)
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in rejected)
         (aside / REJECTED).write_text(text, encoding="utf-8")
-        origin = {"made_of": _made_of(unit), "made_with": dict(self._made_with(unit))}
-        mark = {**origin, "totals": {key: _plain(value) for key, value in vars(totals).items()}}
+        mark = {
+            "made_of": _made_of(unit),
+            "made_with": dict(self._made_with(unit)),
+            "totals": {key: _plain(value) for key, value in vars(totals).items()},
+        }
         (aside / "mark").write_text(json.dumps(mark, ensure_ascii=False, indent=1), encoding="utf-8")
-        self._move_in(unit, aside, tasks=list(samples))
 
     def _move_in(self, unit: Unit, aside: Path, *, tasks: Sequence[str]) -> None:
         """Rename a unit's files into place, the mark last."""
         for stale in self.folder(unit).glob(f"*/{unit.number:06d}.*"):  # of a run that was killed, with another config
             if stale.parent.name not in (UNITS, *tasks):
                 stale.unlink(missing_ok=True)
-        try:
-            for task in tasks:
-                place = self.folder(unit) / task
-                place.mkdir(exist_ok=True)
-                (place / CATALOGUE).unlink(missing_ok=True)  # it is of what was there before
-                for suffix in ("bin", "idx", "xxh64", "json"):
-                    os.replace(aside / f"{task}.{suffix}", place / f"{unit.number:06d}.{suffix}")
-            os.replace(aside / REJECTED, self.rejections(unit))
-            os.replace(aside / "mark", self.mark(unit))
-            aside.rmdir()
-        except FileNotFoundError:
-            # Another array task did this unit too, was faster, and cleared up: see `finish`.
-            if not self.is_done(unit):
-                raise
+        for task in tasks:
+            place = self.folder(unit) / task
+            place.mkdir(exist_ok=True)
+            for suffix in ("bin", "idx", "xxh64", "json"):
+                os.replace(aside / f"{task}.{suffix}", place / f"{unit.number:06d}.{suffix}")
+        os.replace(aside / REJECTED, self.rejections(unit))
+        os.replace(aside / "mark", self.mark(unit))
+        aside.rmdir()
 
     def missing(self, units: Iterable[Unit]) -> list[Unit]:
         """Those that are not done; their files are not looked into."""
