@@ -54,9 +54,12 @@ def align(utterance: Utterance, *, num_seconds: float, frame_rate: float, tokeni
         tokenizer: spells the text. End of sentence follows where the task is told its text.
 
     Raises:
-        UnusableTextError: nothing is left of the text, its words spell another, or it cannot fit its audio.
+        UnusableTextError: nothing is left of the text, its words spell another, or it cannot fit its audio. In a
+            conversation (`s2s`) no text is that of a model that listens.
     """
     text = tokenizer.normalise(utterance.text)
+    if not text and utterance.task.name == "s2s":  # a stretch of a conversation in which the model listens
+        return Aligned((), num_unknown=0)
     spelled = tokenizer.spell(text, ends=not utterance.task.hears)
     check_text(text, words=spelled)
     clock = _Clock(text, utterance.words, num_seconds=num_seconds, tokenizer=tokenizer)

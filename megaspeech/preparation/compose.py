@@ -67,7 +67,7 @@ def compose(
     ]
     frames = settle(words, first=PROMPT_FRAMES)
     shifts = [frame - wanted for frame, (wanted, _) in zip(frames, words, strict=True)]
-    end = frames[-1] + len(words[-1][1])
+    end = frames[-1] + len(words[-1][1]) if words else PROMPT_FRAMES
     codes_ST = lay_out(
         task,
         # One frame of PAD after the last word, so that a model learns to fall silent.
@@ -81,7 +81,7 @@ def compose(
     return Composed(
         codes_ST,
         moved_words=sum(shift > 0 for shift in shifts),
-        largest_shift=max(shifts),
+        largest_shift=max(shifts, default=0),
         frames_past_end=max(0, end - timing.speech_origin(task) - num_frames - max(0, timing.text_shift(task))),
         unknown_pieces=aligned.num_unknown,
     )

@@ -21,7 +21,7 @@ from megaspeech.parallel.schedule import run_microbatches
 from megaspeech.training.forward_step import forward_logits
 from megaspeech.training.journal import Journal
 
-SPOKEN = ("tts-", "s2st-")
+SPOKEN = ("tts-", "s2st-", "s2s-")
 
 
 def log_spoken_sample(

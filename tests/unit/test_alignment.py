@@ -203,3 +203,11 @@ def test_a_task_without_prompt_is_no_fault_of_the_sample(tools: dict) -> None:
     with pytest.raises(ValueError, match="<de>") as caught:
         composed(one, num_frames=20, **tools)
     assert not isinstance(caught.value, UnusableTextError)
+
+
+def test_a_stretch_in_which_the_model_listens_has_no_text(tools: dict) -> None:
+    silent = composed(utterance(S2S, ""), num_frames=20, **tools)
+    assert counts(silent) == (0, 0, 0, 0) and silent.codes_ST.shape[1] == PROMPT_FRAMES + 20
+    assert (silent.codes_ST[0, PROMPT_FRAMES:] == 3).all()
+    with pytest.raises(UnusableTextError, match="empty text"):
+        composed(utterance(ASR, ""), num_frames=20, **tools)

@@ -278,7 +278,7 @@ def shadow_of(directory: Path, losses: list[tuple[float, float]]) -> list[str]:
             {"weighted": torch.tensor([text, 5.0]), "statistics": torch.tensor([[text, 1.0, 0.0]] * 5)}
             for text in (fp8, bf16)
         ]
-        shadow.compare(step, (reports[1:], torch.ones(3)), reports=reports)
+        shadow.compare(step, (reports[1:], torch.ones(4)), reports=reports)
         assert journal.figures[-1][2]["text_drift"] == pytest.approx(relative(fp8, bf16), nan_ok=True)
     return journal.said
 
