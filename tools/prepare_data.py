@@ -38,7 +38,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     parser.add_argument("--array", metavar="I/N", help="do every N-th unit, from I on (0 <= I < N)")
     parser.add_argument("--fit", action="store_true", help="make codec and tokenizer where they are missing, no shards")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be made")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be made, and what it would cost")
+    parser.add_argument("--encode-rate", type=float, metavar="X", help="of one GPU, times real time, for --dry-run")
     parser.add_argument("--timeline", type=Path, help="when decoder and encoder worked: a .png or a Chrome trace .json")
     return parser.parse_intermixed_args(arguments)
 
@@ -69,9 +70,12 @@ def _prepare(config, options: argparse.Namespace) -> int:
     if not config.sources:
         raise ValueError(f"{options.config}: there are no [[sources]]; name the manifests, or folders, to prepare")
     index, count = share_of(options.array, os.environ)
-    console, units = Console(), list_units(config.sources, lines_per_shard=config.preparation.lines_per_shard)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    planned = [one for one in config.sources if options.dry_run and one.hours and not one.train]
+    sources = [one for one in config.sources if one not in planned]
+    units = list_units(sources, lines_per_shard=config.preparation.lines_per_shard)
     if options.dry_run:
-        return _estimate(config, units, console=console)
+        return _estimate(config, units, planned, encode_rate=options.encode_rate, console=console)
     if count > 1 and not options.fit and (missing := fitting.what_is_missing(config)):
         raise ValueError(
             f"{missing[0]}: there is nothing in {_value(config, missing[0])!r} yet; run tools/prepare_data.py "
@@ -99,11 +103,14 @@ def _value(config, key: str) -> str:
     return getattr(getattr(config, section), name)
 
 
-def _estimate(config, units, *, console) -> int:
-    from megaspeech.preparation.estimate import estimate, estimate_table
+def _estimate(config, units, planned, *, encode_rate, console) -> int:
+    from megaspeech.preparation.estimate import estimate, estimate_planned, estimate_table
     from megaspeech.preparation.fitting import frame_rate_of
 
-    console.print(estimate_table(estimate(config, units, frame_rate=frame_rate_of(config))))
+    rate = frame_rate_of(config)
+    estimates = estimate(config, units, frame_rate=rate)
+    estimates += [estimate_planned(config, source, frame_rate=rate) for source in planned]
+    console.print(estimate_table(estimates, encode_rate=encode_rate))
     return 0
 
 

@@ -21,6 +21,8 @@ class SourceSection(Section):
     train: str = ""
     """A manifest (a folder of audio for "folder"), or a pattern such as `manifests/*.jsonl`."""
     valid: str = ""
+    hours: float = Field(0.0, ge=0)
+    """Of audio, of a source whose manifests are not there yet: for what `--dry-run` reckons, and nothing else."""
     held_out: float = Field(0.0, ge=0, lt=1)
     """Share of the lines of `train` that are kept for validation instead, chosen by a hash of each."""
     task: str = ""

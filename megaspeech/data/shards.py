@@ -22,8 +22,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megaspeech.config import Config
 from megaspeech.data.storage import has_samples_here, open_samples
+from megaspeech.data.tasks import ZERO_TOKEN
 
-FORMAT = 2
+FORMAT = 3
 READ_SIZE = 1 << 24  # bytes
 REMEDY = "copy the shard again from where it is whole, or remove its directory and prepare the shards again"
 
@@ -78,9 +79,9 @@ class ShardHeader:
         return cls(**{**values, **sequences})
 
     @property
-    def token_type(self) -> type[np.signedinteger]:
-        """Of the samples on disk: -1 and initial tokens included, int16 holds cardinalities up to 32,766."""
-        return np.int16 if max(self.cardinalities) < np.iinfo(np.int16).max else np.int32
+    def token_type(self) -> type[np.integer]:
+        """Of the samples on disk."""
+        return token_type(self.cardinalities)
 
     def check_files(self, prefix: str | Path) -> None:
         """Raises ValueError naming a file beside the header that is missing, cut short or damaged, and the remedy."""
@@ -113,6 +114,15 @@ class ShardHeader:
                     f"shards {prefix}: their {name} is {theirs}, that of [{section}] {mine}; "
                     f"prepare the shards with this config, or train with the one they were made for"
                 )
+
+
+def token_type(cardinalities: Sequence[int]) -> type[np.integer]:
+    """Of tokens of streams of `cardinalities` on disk: the shortest that holds the zero token and initial tokens.
+
+    A vocabulary of 48,000 fits uint16, whose largest number then stands for the zero token: half the bytes of int32.
+    """
+    largest = max(cardinalities)
+    return next(kind for kind in (np.int16, np.uint16, np.int32) if largest < np.iinfo(kind).max)
 
 
 def check_origins(
@@ -156,7 +166,7 @@ def write_shard(prefix: str | Path, samples: Iterable[np.ndarray], *, header: Sh
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=header.token_type)
     checksums, num_frames = [], 0
     for codes_ST in samples:
-        tokens = np.ascontiguousarray(codes_ST.T, dtype=header.token_type).reshape(-1)
+        tokens = np.ascontiguousarray(codes_ST.T).astype(header.token_type).reshape(-1)
         builder.add_item(torch.from_numpy(tokens))
         builder.end_document()
         checksums.append(xxhash.xxh64_intdigest(tokens.tobytes()))
@@ -224,4 +234,7 @@ class Shard:
             )
         if xxhash.xxh64_intdigest(content) != self._checksums[index]:
             raise DamagedSampleError(f"sample {index} of shard {self.prefix}: its checksum is not the one written")
-        return np.frombuffer(content, dtype=self.header.token_type).reshape(-1, len(self.header.cardinalities)).T.copy()
+        codes_TS = np.frombuffer(content, dtype=self.header.token_type).reshape(-1, len(self.header.cardinalities))
+        if self.header.token_type is not np.uint16:
+            return codes_TS.T.copy()
+        return np.where(codes_TS == np.iinfo(np.uint16).max, ZERO_TOKEN, codes_TS.astype(np.int32)).T.copy()

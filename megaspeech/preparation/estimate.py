@@ -1,24 +1,33 @@
-"""What a preparation will make, before it makes it: units, hours, shards and bytes, from the manifests alone."""
+"""What a preparation will make and cost, before it is done: units, hours, shards, bytes, hours of a GPU.
+
+From the manifests alone; of a source that has none yet, from its `hours`.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
 from rich.table import Table
 
 from megaspeech.config import Config
+from megaspeech.config.preparation import SourceSection
+from megaspeech.data.shards import token_type
+from megaspeech.data.tasks import Task
 from megaspeech.preparation.compose import timing_of
 from megaspeech.preparation.reading import read_utterances
 from megaspeech.preparation.sources import Unit
-from megaspeech.preparation.utterance import Utterance
+from megaspeech.preparation.utterance import Recording, Utterance
 
 MOST_UNITS = 20
 """Of a source and split that are read, evenly spread; the others are taken to be like them."""
 SAMPLE_BYTES = 28
 """Of index and checksum, for each sample."""
+PLANNED_SECONDS = 10.0
+"""Length taken for the samples of a source without manifests: utterances."""
 
 
 @dataclass
@@ -54,6 +63,23 @@ def estimate(config: Config, units: Sequence[Unit], *, frame_rate: float) -> lis
     ]
 
 
+def estimate_planned(config: Config, source: SourceSection, *, frame_rate: float) -> Estimate:
+    """Of a source that names its `hours` and no manifest, all of them utterances of `PLANNED_SECONDS`."""
+    audio, task = Recording(Path(), duration=PLANNED_SECONDS), Task(source.task or "asr", "en", "en")
+    sample = Utterance(
+        task, "", (), heard=audio if task.hears else None, spoken=audio if task.speaks and not task.hears else None
+    )
+    num_samples = source.hours * 3600 / PLANNED_SECONDS
+    num_units = -int(-num_samples // config.preparation.lines_per_shard)
+    num_bytes = num_samples * _bytes_of(sample, config=config, frame_rate=frame_rate)
+    return Estimate(
+        *("train", source.name, num_units, num_units, num_samples),
+        hours=source.hours,
+        num_shards=num_units,
+        num_bytes=num_bytes,
+    )
+
+
 def _estimate(config: Config, units: Sequence[Unit], *, split: str, source: str, frame_rate: float) -> Estimate:
     places = sorted({int(place) for place in np.linspace(0, len(units) - 1, min(MOST_UNITS, len(units)))})
     found = Estimate(split, source, len(units), len(places))
@@ -76,8 +102,7 @@ def _bytes_of(utterance: Utterance, *, config: Config, frame_rate: float) -> flo
     timing, streams = timing_of(config), config.streams
     frames = (_num_seconds(utterance) or 0.0) * frame_rate + timing.speech_origin(utterance.task)
     frames += timing.task_delay if utterance.task.hears else 0
-    token_bytes = 2 if max(streams.cardinalities) < np.iinfo(np.int16).max else 4
-    return frames * streams.num_streams * token_bytes + SAMPLE_BYTES
+    return frames * streams.num_streams * np.dtype(token_type(streams.cardinalities)).itemsize + SAMPLE_BYTES
 
 
 def _num_seconds(utterance: Utterance) -> float | None:
@@ -86,23 +111,25 @@ def _num_seconds(utterance: Utterance) -> float | None:
     return None if None in lengths else max(lengths, default=0.0)
 
 
-def estimate_table(estimates: Sequence[Estimate]) -> Table:
-    """For a terminal."""
+def estimate_table(estimates: Sequence[Estimate], *, encode_rate: float | None = None) -> Table:
+    """For a terminal. `encode_rate` is that of one GPU, in times real time."""
     table = Table("split", "source", title="To be prepared")
-    for column in ("units", "samples", "hours of audio", "shards", "bytes"):
+    for column in ("units", "samples", "hours", "shards", "GB", "GPU-hours"):
         table.add_column(column, justify="right")
     counts = [field.name for field in fields(Estimate) if field.name.startswith("num_")]
     total = Estimate("all", "", **{name: sum(getattr(one, name) for one in estimates) for name in (*counts, "hours")})
     for one in (*estimates, total):
         table.add_row(
-            *(one.split, one.source, f"{one.num_units:,}", f"{one.num_samples:,.0f}", f"{one.hours:,.2f}"),
-            *(f"{one.num_shards:,.0f}", f"{one.num_bytes:,.0f}"),
+            *(one.split, one.source, f"{one.num_units:,}", f"{one.num_samples:,.0f}", f"{one.hours:,.7g}"),
+            *(f"{one.num_shards:,.0f}", f"{one.num_bytes / 1e9:,.4g}"),
+            f"{one.hours / encode_rate:,.0f}" if encode_rate else "-",
             end_section=one is estimates[-1],
         )
     notes = {
         f"from {MOST_UNITS} units of each source and split, evenly spread": total.num_read < total.num_units,
         f"{total.num_unknown:,.0f} samples name no duration and count as none": total.num_unknown,
         f"{total.num_refused:,.0f} lines are faulty": total.num_refused,
+        "GPU-hours to encode: --encode-rate, which tools/measure_codecs.py measures": encode_rate is None,
     }
     table.caption = "; ".join(note for note, holds in notes.items() if holds)
     return table

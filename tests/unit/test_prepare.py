@@ -33,7 +33,7 @@ from megaspeech.data.tasks import Task  # noqa: E402
 from megaspeech.data.tokenizer import Tokenizer  # noqa: E402
 from megaspeech.preparation.compose import compose  # noqa: E402
 from megaspeech.preparation.encoding import encode_recordings  # noqa: E402
-from megaspeech.preparation.estimate import estimate, estimate_table  # noqa: E402
+from megaspeech.preparation.estimate import estimate, estimate_planned, estimate_table  # noqa: E402
 from megaspeech.preparation.prepare import Preparation  # noqa: E402
 from megaspeech.preparation.report import report  # noqa: E402
 from megaspeech.preparation.sources import list_units  # noqa: E402
@@ -322,3 +322,16 @@ def test_sources_can_be_overridden_by_name(tmp_path: Path) -> None:
     assert (config.sources[0].train, config.sources[0].weight) == (str(other), 2.0)
     with pytest.raises(ValueError, match=r"no \[\[sources\]\] of the name 'b'"):
         read_config(tmp_path / "config.toml", ["sources.b.train=x"])
+
+
+def test_a_source_without_manifests_is_reckoned_by_its_hours(tmp_path: Path) -> None:
+    """A million hours of the reference run: 33 streams at 12.5 frames a second, two bytes a token."""
+    config = read_config(Path(__file__).parents[2] / "examples" / "reference" / "config.toml")
+    planned = [estimate_planned(config, source, frame_rate=12.5) for source in config.sources]
+    assert sum(one.hours for one in planned) == 1e6
+    codes = 1e6 * 3600 * 12.5 * 33 * 2
+    assert codes < sum(one.num_bytes for one in planned) < 1.06 * codes
+    assert sum(one.num_units for one in planned) == 1e6 * 360 / 20_000
+    assert "1,000,000" in (table := shown(estimate_table(planned, encode_rate=500))) and "2,000" in table
+    with pytest.raises(ValueError, match="sources.ja-mined.train: names nothing"):
+        list_units(config.sources, lines_per_shard=8)

@@ -72,7 +72,7 @@ def test_tuples_stay_tuples(tmp_path: Path) -> None:
     header.check_run(config_of(), prefix=tmp_path / "x")
 
 
-@pytest.mark.parametrize("cardinality, num_bytes", [(32_766, 2), (32_767, 4), (100_000, 4)])
+@pytest.mark.parametrize("cardinality, num_bytes", [(32_766, 2), (32_767, 2), (65_534, 2), (65_535, 4), (100_000, 4)])
 def test_tokens_are_as_wide_as_the_largest_needs(tmp_path: Path, cardinality: int, num_bytes: int) -> None:
     header = replace(HEADER, cardinalities=(cardinality, 32, 32, 32))
     written = np.full((4, 3), -1)
