@@ -23,9 +23,9 @@ from megaspeech.data.tasks import Task
 from megaspeech.preparation.augmentation import Augmenter, others_of
 from megaspeech.preparation.decode import Rejection, decode_files
 from megaspeech.preparation.effects import alter
-from megaspeech.preparation.plan import Plan
+from megaspeech.preparation.recording import Plan, Recording
 from megaspeech.preparation.sounds import find_sounds
-from megaspeech.preparation.utterance import Recording, Utterance
+from megaspeech.preparation.utterance import Utterance
 
 RATE = 24000
 MOST_FILES = 30

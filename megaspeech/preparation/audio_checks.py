@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megaspeech.preparation.utterance import Recording
+from megaspeech.preparation.recording import Recording
 
 LOWEST_RATE, HIGHEST_RATE = 4_000, 768_000  # Hz; speech below and converters above are not made
 SHORTFALL = 0.01

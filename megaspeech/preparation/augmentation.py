@@ -23,10 +23,10 @@ import numpy as np
 import xxhash
 
 from megaspeech.config.preparation import EFFECTS, AugmentationSection
-from megaspeech.preparation.plan import Layer, Plan
+from megaspeech.preparation.recording import Layer, Plan, Recording
 from megaspeech.preparation.rooms import draw_room
 from megaspeech.preparation.sounds import find_sounds, stretch_of
-from megaspeech.preparation.utterance import Recording, Utterance
+from megaspeech.preparation.utterance import Utterance
 
 NUM_VOICES = 64
 """Recordings of a unit that may be heard behind others, and noises, and responses: they are decoded once and kept."""
@@ -66,8 +66,8 @@ class Augmenter:
         numbers = [*range(1, self._settings.copies + 1)]
         plans = [self.plan(utterance, version=number, max_seconds=max_seconds) for number in numbers]
         first = self.plan(utterance, version=len(numbers) + 1, max_seconds=max_seconds) if is_altered else None
-        copies = tuple(plan.apply_to(utterance) for plan in plans if plan is not None)
-        return (utterance if first is None else first.apply_to(utterance), *copies)
+        copies = tuple(utterance.altered(plan) for plan in plans if plan is not None)
+        return (utterance if first is None else utterance.altered(first), *copies)
 
     def plan(self, utterance: Utterance, *, version: int, max_seconds: float = math.inf) -> Plan | None:
         """What is done to what a line hears, at least one thing; None if nothing can be."""

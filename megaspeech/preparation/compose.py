@@ -16,7 +16,8 @@ from megaspeech.data.shards import FORMAT, ShardHeader
 from megaspeech.data.tasks import PROMPT_FRAMES, Timing, lay_out, settle, text_stream
 from megaspeech.data.tokenizer import Tokenizer
 from megaspeech.preparation.alignment import align, check_text
-from megaspeech.preparation.utterance import Recording, Utterance
+from megaspeech.preparation.recording import Recording
+from megaspeech.preparation.utterance import Utterance
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,8 @@ from dataclasses import replace
 from itertools import accumulate, pairwise
 
 from megaspeech.preparation.manifests.line import squeezed
-from megaspeech.preparation.utterance import Recording, Utterance, Word
+from megaspeech.preparation.recording import Recording
+from megaspeech.preparation.utterance import Utterance, Word
 
 Gap = tuple[float, float]
 """A time in which no word sounds, which may have no length: where one word ends and the next begins."""

@@ -32,7 +32,7 @@ from megaspeech.preparation.other_formats import (
     open_audio,
     read_bytes,
 )
-from megaspeech.preparation.utterance import Recording
+from megaspeech.preparation.recording import Recording
 
 BATCH_SIZE = 32  # recordings that are decoded together
 

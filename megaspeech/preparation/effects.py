@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from megaspeech.preparation.plan import Layer, Plan, Room
+from megaspeech.preparation.recording import Layer, Plan, Recording, Room
 from megaspeech.preparation.rooms import from_direct_sound, simulate
-from megaspeech.preparation.utterance import Recording
 
 PEAK = 0.99
 """No sample of what is mixed lies above; the whole is made quieter instead."""

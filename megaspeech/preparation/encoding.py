@@ -18,8 +18,8 @@ from megaspeech.config.preparation import PreparationSection
 from megaspeech.preparation.decode import Decoder, Rejection
 from megaspeech.preparation.effects import alter
 from megaspeech.preparation.reading_ahead import ahead
+from megaspeech.preparation.recording import Recording
 from megaspeech.preparation.timeline import Timeline
-from megaspeech.preparation.utterance import Recording
 
 BATCHES_A_WINDOW = 8
 """A window is `read_ahead` recordings, or so many batches' worth of sound, which bounds memory: three windows are held

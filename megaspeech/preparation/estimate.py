@@ -19,8 +19,9 @@ from megaspeech.data.shards import token_type
 from megaspeech.data.tasks import Task
 from megaspeech.preparation.compose import timing_of
 from megaspeech.preparation.reading import read_utterances
+from megaspeech.preparation.recording import Recording
 from megaspeech.preparation.sources import Unit
-from megaspeech.preparation.utterance import Recording, Utterance
+from megaspeech.preparation.utterance import Utterance
 
 MOST_UNITS = 20
 """Of a source and split that are read, evenly spread; the others are taken to be like them."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megaspeech.preparation.audio_checks import SHORTFALL, Limits, damaged, header_fault, length_fault
-from megaspeech.preparation.utterance import Recording
+from megaspeech.preparation.recording import Recording
 
 BY_DALI = ("WAV", "WAVEX", "FLAC", "OGG")
 """Formats, as libsndfile calls them, that DALI decodes."""

@@ -27,10 +27,11 @@ from megaspeech.preparation.decode import Decoder, Rejection
 from megaspeech.preparation.encoding import Window, decoded_windows, encode_window
 from megaspeech.preparation.reading import is_altered, read_utterances, recordings_of
 from megaspeech.preparation.reading_ahead import ahead
+from megaspeech.preparation.recording import Recording
 from megaspeech.preparation.sources import Refused, Unit
 from megaspeech.preparation.timeline import Timeline
 from megaspeech.preparation.units import UnitStore
-from megaspeech.preparation.utterance import Recording, Utterance
+from megaspeech.preparation.utterance import Utterance
 
 NOTES = ("moved_words", "frames_past_end", "unknown_pieces")
 """Counts of `compose.Composed` that add up."""

@@ -9,8 +9,9 @@ from megaspeech.config import Config
 from megaspeech.preparation.augmentation import Augmenter
 from megaspeech.preparation.compose import timing_of
 from megaspeech.preparation.cutting import cut_to_length
+from megaspeech.preparation.recording import Recording
 from megaspeech.preparation.sources import Refused, Unit, read_unit
-from megaspeech.preparation.utterance import Recording, Utterance
+from megaspeech.preparation.utterance import Utterance
 
 ROOM_FOR_TEXT = 8
 """Frames of a piece that are left free, since the text of its last words comes after them."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from megaspeech.preparation.plan import Room
+from megaspeech.preparation.recording import Room
 
 _SMALLEST, _LARGEST = (3.0, 3.0, 2.4), (8.0, 7.0, 3.5)  # m
 _WALL, _NEAREST, _FARTHEST = 0.5, 0.4, 2.5  # m from walls, and from talker to microphone

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megaspeech.preparation.utterance import Recording
+from megaspeech.preparation.recording import Recording
 
 SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a"}
 

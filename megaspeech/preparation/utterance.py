@@ -1,45 +1,11 @@
-"""What every kind of manifest is read into: recordings, words in time, and the task they are given for."""
+"""What every kind of manifest is read into: words in time, what is heard and said, and the task they are given for."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 from megaspeech.data.tasks import Task
-
-if TYPE_CHECKING:
-    from megaspeech.preparation.plan import Plan
-
-
-@dataclass(frozen=True)
-class Recording:
-    """A stretch of one audio file, as one waveform.
-
-    Attributes:
-        path: the file, or the archive (tar) that holds it.
-        start, end: seconds; `end` None is the end of the file.
-        channel: which one, from 0; None mixes all of them.
-        duration: of the stretch in seconds, as the manifest has it; None where it does not say.
-        span: (first byte, number of bytes) of the file within an archive.
-        plan: what is done to the waveform once it is decoded (megaspeech.preparation.augmentation); None is nothing.
-            `duration` and the rest describe it as it is before.
-    """
-
-    path: Path
-    start: float = 0.0
-    end: float | None = None
-    channel: int | None = None
-    duration: float | None = None
-    span: tuple[int, int] | None = None
-    plan: Plan | None = None
-
-    @property
-    def seconds(self) -> float | None:
-        """Its length; None where the manifest does not say."""
-        if self.duration is None and self.end is not None:
-            return self.end - self.start
-        return self.duration
+from megaspeech.preparation.recording import Plan, Recording
 
 
 @dataclass(frozen=True)
@@ -82,3 +48,14 @@ class Utterance:
     def recordings(self) -> tuple[Recording, ...]:
         """Every recording of the line."""
         return tuple(recording for recording in (self.heard, self.spoken) if recording is not None)
+
+    def altered(self, plan: Plan) -> Utterance:
+        """The line as it is once `plan` is done to what it hears: the times of words follow the speed."""
+        assert self.heard is not None
+        assert plan.speed == 1.0 or self.spoken is None, "what is said keeps the clock of what is heard"
+
+        def in_time(words: tuple[Word, ...]) -> tuple[Word, ...]:
+            return tuple(replace(word, start=word.start / plan.speed, end=word.end / plan.speed) for word in words)
+
+        heard = replace(self.heard, plan=plan)
+        return replace(self, heard=heard, words=in_time(self.words), source_words=in_time(self.source_words))

@@ -18,7 +18,8 @@ from megaspeech.codecs.protocol import Codec
 from megaspeech.config import Config
 from megaspeech.data.tokenizer import Tokenizer
 from megaspeech.preparation.compose import compose, timing_of
-from megaspeech.preparation.utterance import Recording, Utterance
+from megaspeech.preparation.recording import Recording
+from megaspeech.preparation.utterance import Utterance
 from megaspeech.streaming.latency import Latency, speech_latency, summarise, text_latency
 from megaspeech.streaming.scoring import answer_words
 from megaspeech.streaming.session import Answer, Request, acoustic_delay, answer

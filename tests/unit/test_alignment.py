@@ -18,7 +18,8 @@ from megaspeech.data.tokenizer import Tokenizer, train_tokenizer
 from megaspeech.data.transcript import written_words
 from megaspeech.preparation.alignment import Aligned, UnusableTextError, align
 from megaspeech.preparation.compose import Composed, compose
-from megaspeech.preparation.utterance import Recording, Utterance, Word
+from megaspeech.preparation.recording import Recording
+from megaspeech.preparation.utterance import Utterance, Word
 
 ASR, ST, TTS, S2S, TEXT = (Task(name, "en", "en") for name in ("asr", "st", "tts", "s2s", "text"))
 RATE, DELAY, EPAD, END = 12.5, 3, 0, 2

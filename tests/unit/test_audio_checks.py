@@ -13,7 +13,7 @@ pytest.importorskip("nvidia.dali")
 from megaspeech.preparation.audio_checks import Limits, loudest_dbfs  # noqa: E402
 from megaspeech.preparation.decode import Decoder, Rejection  # noqa: E402
 from megaspeech.preparation.loudness import PEAK, Loudness  # noqa: E402
-from megaspeech.preparation.utterance import Recording  # noqa: E402
+from megaspeech.preparation.recording import Recording  # noqa: E402
 
 RATE = 16000
 

@@ -16,9 +16,9 @@ from megaspeech.config.preparation import EFFECTS, AugmentationSection
 from megaspeech.data.tasks import Task
 from megaspeech.preparation.augmentation import NUM_VOICES, Augmenter, others_of
 from megaspeech.preparation.effects import alter, change_speed
-from megaspeech.preparation.plan import Plan
+from megaspeech.preparation.recording import Plan, Recording
 from megaspeech.preparation.sounds import find_sounds, stretch_of
-from megaspeech.preparation.utterance import Recording, Utterance, Word
+from megaspeech.preparation.utterance import Utterance, Word
 
 RATE = 24000
 pytest.importorskip("soxr")
@@ -57,7 +57,7 @@ def test_words_follow_the_speed():
     waveform = np.zeros(2 * RATE, dtype=np.float32)
     for word in line.words:
         waveform[int((word.start + word.end) / 2 * RATE)] = 1.0
-    heard, altered = change_speed(waveform, 1.1, sample_rate=RATE), plan.apply_to(line)
+    heard, altered = change_speed(waveform, 1.1, sample_rate=RATE), line.altered(plan)
     for word in altered.words:
         first, last = int(word.start * RATE), int(word.end * RATE)
         click = first + int(np.abs(heard[first:last]).argmax())

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from megaspeech.data.tasks import Task
 from megaspeech.preparation.cutting import cut_to_length
-from megaspeech.preparation.utterance import Recording, Utterance, Word
+from megaspeech.preparation.recording import Recording
+from megaspeech.preparation.utterance import Utterance, Word
 
 HUNDREDTHS = st.integers(0, 400).map(lambda value: value / 100)
 FILE = Path("long.wav")

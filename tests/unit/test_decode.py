@@ -12,7 +12,7 @@ pytest.importorskip("nvidia.dali")
 from megaspeech.preparation.audio_checks import kind_of  # noqa: E402
 from megaspeech.preparation.decode import Decoder, Rejection, decode_files  # noqa: E402
 from megaspeech.preparation.other_formats import StretchReader  # noqa: E402
-from megaspeech.preparation.utterance import Recording  # noqa: E402
+from megaspeech.preparation.recording import Recording  # noqa: E402
 
 RATE = 16000
 

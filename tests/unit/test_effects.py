@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megaspeech.preparation.effects import active_power, alter, telephone
-from megaspeech.preparation.plan import Layer, Plan, Room
+from megaspeech.preparation.recording import Layer, Plan, Recording, Room
 from megaspeech.preparation.rooms import draw_room, from_direct_sound, simulate
-from megaspeech.preparation.utterance import Recording
 
 pytest.importorskip("soxr")
 pytest.importorskip("pyroomacoustics")

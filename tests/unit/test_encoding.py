@@ -30,8 +30,8 @@ from megaspeech.preparation.encoding import (  # noqa: E402
     length_batches,
 )
 from megaspeech.preparation.reading_ahead import ahead  # noqa: E402
+from megaspeech.preparation.recording import Recording  # noqa: E402
 from megaspeech.preparation.timeline import Span, Timeline  # noqa: E402
-from megaspeech.preparation.utterance import Recording  # noqa: E402
 
 
 @pytest.fixture(scope="module")

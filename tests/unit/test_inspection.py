@@ -32,9 +32,10 @@ from megaspeech.preparation.inspection import (  # noqa: E402
     stream_lines,
     summarise,
 )
+from megaspeech.preparation.recording import Recording  # noqa: E402
 from megaspeech.preparation.sample_picture import draw_sample  # noqa: E402
 from megaspeech.preparation.sample_sound import play  # noqa: E402
-from megaspeech.preparation.utterance import Recording, Utterance, Word  # noqa: E402
+from megaspeech.preparation.utterance import Utterance, Word  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 RATE, FRAME, ORIGIN = 16000, 1280, 2

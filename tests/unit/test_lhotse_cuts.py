@@ -13,7 +13,8 @@ import soundfile
 from megaspeech.config.preparation import SourceSection
 from megaspeech.data.tasks import Task
 from megaspeech.preparation.manifests.lhotse_cuts import read_line
-from megaspeech.preparation.utterance import Recording, Utterance, Word
+from megaspeech.preparation.recording import Recording
+from megaspeech.preparation.utterance import Utterance, Word
 
 lhotse = pytest.importorskip("lhotse")
 from lhotse.shar import SharWriter  # noqa: E402

@@ -10,7 +10,8 @@ import soundfile
 from megaspeech.config.preparation import SourceSection
 from megaspeech.data.tasks import Task
 from megaspeech.preparation.manifests import folder, moshi_finetune
-from megaspeech.preparation.utterance import Recording, Utterance, Word
+from megaspeech.preparation.recording import Recording
+from megaspeech.preparation.utterance import Utterance, Word
 
 EN = SourceSection(name="talk", format="moshi", target_lang="en")
 ALIGNMENTS = [

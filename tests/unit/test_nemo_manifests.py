@@ -10,7 +10,8 @@ import pytest
 from megaspeech.config.preparation import SourceSection
 from megaspeech.data.tasks import Task
 from megaspeech.preparation.manifests.nemo import read_line, read_manifest
-from megaspeech.preparation.utterance import Recording, Utterance, Word
+from megaspeech.preparation.recording import Recording
+from megaspeech.preparation.utterance import Utterance, Word
 
 LINE = {
     "audio_filepath": "wav/x.wav",

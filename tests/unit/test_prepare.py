@@ -35,10 +35,11 @@ from megaspeech.preparation.compose import compose  # noqa: E402
 from megaspeech.preparation.encoding import encode_recordings  # noqa: E402
 from megaspeech.preparation.estimate import estimate, estimate_planned, estimate_table  # noqa: E402
 from megaspeech.preparation.prepare import Preparation  # noqa: E402
+from megaspeech.preparation.recording import Recording  # noqa: E402
 from megaspeech.preparation.report import report  # noqa: E402
 from megaspeech.preparation.sources import list_units  # noqa: E402
 from megaspeech.preparation.units import Totals  # noqa: E402
-from megaspeech.preparation.utterance import Recording, Utterance, Word  # noqa: E402
+from megaspeech.preparation.utterance import Utterance, Word  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from megaspeech.config.preparation import SourceSection
 from megaspeech.preparation.manifests.line import Line, decode_utf8, whole
-from megaspeech.preparation.utterance import Recording, Utterance
+from megaspeech.preparation.recording import Recording
+from megaspeech.preparation.utterance import Utterance
 
 AUDIO = (
     *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".mp4", ".aac", ".webm", ".wma"),

@@ -18,7 +18,8 @@ from megaspeech.config.preparation import SourceSection
 from megaspeech.data.tasks import Task
 from megaspeech.preparation.manifests.archive import find_archive, names_by_stem, span_of
 from megaspeech.preparation.manifests.line import Line, is_number, is_unspaced, joined, squeezed
-from megaspeech.preparation.utterance import Recording, Utterance, Word
+from megaspeech.preparation.recording import Recording
+from megaspeech.preparation.utterance import Utterance, Word
 
 NOT_A_FILE = "audio is not a file"
 """The kind of fault of cuts whose audio only lhotse could make."""

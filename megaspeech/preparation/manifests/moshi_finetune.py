@@ -17,7 +17,8 @@ from typing import Any
 
 from megaspeech.config.preparation import SourceSection
 from megaspeech.preparation.manifests.line import Line, decode_utf8, is_number, joined
-from megaspeech.preparation.utterance import Recording, Utterance, Word
+from megaspeech.preparation.recording import Recording
+from megaspeech.preparation.utterance import Utterance, Word
 
 MAIN_SPEAKER = "SPEAKER_MAIN"
 MODEL_CHANNEL, USER_CHANNEL = 0, 1

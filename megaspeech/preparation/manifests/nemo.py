@@ -22,7 +22,8 @@ from megaspeech.config.preparation import SourceSection
 from megaspeech.data.tasks import Task
 from megaspeech.preparation.manifests.archive import find_archive, span_of
 from megaspeech.preparation.manifests.line import Line, whole
-from megaspeech.preparation.utterance import Recording, Utterance, Word
+from megaspeech.preparation.recording import Recording
+from megaspeech.preparation.utterance import Utterance, Word
 
 _REPEATED = re.compile(r"-sub\d+(?=\.\w+$|$)")
 """What NeMo adds to the name of a file of which several lines of a tarred manifest are stretches."""

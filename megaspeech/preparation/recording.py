@@ -1,13 +1,42 @@
-"""What is done to one recording before it is encoded, as plain data: drawn in augmentation.py, done in effects.py."""
+"""A stretch of audio, and what is done to it before it is encoded: drawn in augmentation.py, done in effects.py."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from megaspeech.preparation.utterance import Recording, Utterance, Word
-
 Point = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A stretch of one audio file, as one waveform.
+
+    Attributes:
+        path: the file, or the archive (tar) that holds it.
+        start, end: seconds; `end` None is the end of the file.
+        channel: which one, from 0; None mixes all of them.
+        duration: of the stretch in seconds, as the manifest has it; None where it does not say.
+        span: (first byte, number of bytes) of the file within an archive.
+        plan: what is done to the waveform once it is decoded (`[augmentation]`); None is nothing.
+            `duration` and the rest describe it as it is before.
+    """
+
+    path: Path
+    start: float = 0.0
+    end: float | None = None
+    channel: int | None = None
+    duration: float | None = None
+    span: tuple[int, int] | None = None
+    plan: Plan | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        """Its length; None where the manifest does not say."""
+        if self.duration is None and self.end is not None:
+            return self.end - self.start
+        return self.duration
 
 
 @dataclass(frozen=True)
@@ -79,17 +108,3 @@ class Plan:
             "level": self.level_db != 0.0,
         }
         return tuple(name for name, is_done in done.items() if is_done)
-
-    def apply_to(self, utterance: Utterance) -> Utterance:
-        """The line as it is once this is done to what it hears: word times follow the speed."""
-        assert utterance.heard is not None
-        assert self.speed == 1.0 or utterance.spoken is None, "what is said keeps the clock of what is heard"
-        return replace(
-            utterance,
-            heard=replace(utterance.heard, plan=self),
-            words=self._in_time(utterance.words),
-            source_words=self._in_time(utterance.source_words),
-        )
-
-    def _in_time(self, words: tuple[Word, ...]) -> tuple[Word, ...]:
-        return tuple(replace(word, start=word.start / self.speed, end=word.end / self.speed) for word in words)
