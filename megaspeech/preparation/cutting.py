@@ -32,7 +32,7 @@ def cut_to_length(utterance: Utterance, *, max_seconds: float) -> list[Utterance
     Returns:
         The pieces in order: each word in one of them, their texts slices of the text.
     """
-    lengths = [_seconds(recording) for recording in utterance.recordings]
+    lengths = [recording.seconds for recording in utterance.recordings]
     is_untimed = utterance.text and not utterance.words
     if utterance.task.name == "s2st" or is_untimed or None in lengths or max(lengths, default=0.0) <= max_seconds:
         return [utterance]
@@ -41,13 +41,6 @@ def cut_to_length(utterance: Utterance, *, max_seconds: float) -> list[Utterance
     gaps = list(_gaps(utterance.words + (() if talks else utterance.source_words), total=total))
     cuts = list(_cuts(gaps, total=total, most=max_seconds, anywhere=talks))
     return list(_pieces(utterance, [0.0, *cuts, total]))
-
-
-def _seconds(recording: Recording) -> float | None:
-    """The length of a stretch; None where its manifest does not say."""
-    if recording.duration is None and recording.end is not None:
-        return recording.end - recording.start
-    return recording.duration
 
 
 def _gaps(words: Sequence[Word], *, total: float) -> Iterator[Gap]:
@@ -117,7 +110,7 @@ def _stretch(recording: Recording | None, start: float, end: float, *, is_last: 
     """The piece of a recording; the last one ends where the recording does."""
     if recording is None:
         return None
-    seconds = _seconds(recording)
+    seconds = recording.seconds
     assert seconds is not None
     return replace(
         recording,
