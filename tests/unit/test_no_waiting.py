@@ -48,6 +48,13 @@ def test_forward_and_backward(tmp_path: Path) -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+def test_packed_rows_ask_nothing_either(tmp_path: Path) -> None:
+    model, batch = meta_model(tmp_path), meta_batch(tmp_path)
+    bounds = torch.tensor([0, 7, 20], dtype=torch.int32, device="meta")
+    losses = model(batch.codes_BST[:1], batch.weights_BPT[:1], batch.depth_frames_BT[:1], bounds_D=bounds)
+    losses[0].sum().backward()
+
+
 def test_the_depth_transformer_sees_the_frames_that_weigh_alone(tmp_path: Path) -> None:
     model, batch = meta_model(tmp_path), meta_batch(tmp_path)
     seen = []

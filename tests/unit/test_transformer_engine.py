@@ -16,6 +16,7 @@ from one_rank import make_config, one_rank  # noqa: F401
 
 from megaspeech.checkpoint.state import load_model
 from megaspeech.config import Config
+from megaspeech.model import attention
 from megaspeech.model.counting import count_parameters
 from megaspeech.model.speech_text_model import SpeechTextModel
 from megaspeech.model.temporal import layer_spec, transformer_config
@@ -153,3 +154,22 @@ def test_scales_of_the_same_run_alone_are_taken_up(tmp_path: Path, monkeypatch: 
     assert torch.equal(other.linear_fc1.weight, linear.weight)
     with pytest.raises(RuntimeError, match="Refusing to load pickled"):  # what is not asked for is still refused
         other.load_state_dict(state)
+
+
+def test_packed_rows_reach_its_attention_without_the_axis_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own attention needs a GPU: what it would be given."""
+    given = {}
+
+    def forward(self: object, query: torch.Tensor, *arguments: object, **options: object) -> torch.Tensor:
+        given.update(options, shape=query.shape)
+        return query.flatten(1)
+
+    monkeypatch.setattr(attention.TEDotProductAttention, "forward", forward)
+    core = attention.TransformerEngineAttention.__new__(attention.TransformerEngineAttention)
+    torch.nn.Module.__init__(core)
+    bounds = torch.tensor([0, 5, 12], dtype=torch.int32)
+    query, key = torch.randn(12, 1, 4, 16), torch.randn(12, 1, 2, 16)
+    out = core(query, key, key, None, packed_seq_params=attention.packed_attention(bounds, longest=64))
+    packed = given["packed_seq_params"]
+    assert out.shape == (12, 1, 64) and given["shape"] == (12, 4, 16)
+    assert packed.qkv_format == "thd" and packed.max_seqlen_q == 64 and packed.cu_seqlens_kv is bounds
