@@ -101,6 +101,7 @@ RESHARDED = [
     "dp=4,data=fsdp2 > tp=2,pp=2,sp=1",
     "tp=2,pp=2,sp=1 > tp=2,dp=2,data=fsdp2",
     "dp=2,cp=2,zero=0 > dp=4 > dp=4,data=fsdp2 > dp=4,zero=0",
+    "pack=1,row=48,micro=1,dp=2 > pack=1,row=64,micro=1,tp=2,sp=1 > dp=2",
     "pp=2,vp=2,dp=2 > pp=2,dp=2,last=1 > cp=2,tp=2",
     "model.preset=tiny-moe,ep=4,dp=4 > model.preset=tiny-moe,tp=2,sp=1,pp=2 > model.preset=tiny-moe,dp=4,data=fsdp2",
 ]
