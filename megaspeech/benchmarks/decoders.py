@@ -1,7 +1,7 @@
-"""Who decodes audio files to a waveform of one channel at a given rate: our pipeline, and what people would use instead.
+"""Who decodes audio files to waveforms of one channel at a given rate: our pipeline, and what people use instead.
 
-Each is called as its documentation shows it, with its own defaults for resampling. Packages are imported when a provider
-is loaded. Shapes: N samples, C channels.
+Each is called as its documentation shows it, with its own defaults for resampling. Packages are imported when a
+provider is loaded. Shapes: N samples, C channels.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ def _load_lhotse() -> Decode:
 PROVIDERS = (
     Provider(
         "ours",
-        "`megaspeech.preparation.decode`: DALI, and for MP3 soundfile and soxr; it alone checks containers, lengths and "
-        "samples",
+        "`megaspeech.preparation.decode`: DALI, and for MP3 soundfile and soxr; it alone checks containers, lengths "
+        "and samples",
         "nvidia-dali-cuda130",
         _load_ours,
     ),

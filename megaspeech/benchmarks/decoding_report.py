@@ -44,8 +44,8 @@ def end_to_end_line(figures: DecodingFigures) -> str:
     """What the preparation's own path came to."""
     one = figures.end_to_end
     return (
-        f"All {figures.num_files} files in turn, {one.hours:.2f} h, to codes by the preparation's own path with one decoding "
-        f"thread: {one.per_cpu_second:.3f} h a CPU-second, {one.per_second:.3f} h a second; the encoder waited "
+        f"All {figures.num_files} files in turn, {one.hours:.2f} h, to codes by the preparation's own path with one "
+        f"decoding thread: {one.per_cpu_second:.3f} h a CPU-second, {one.per_second:.3f} h a second; the encoder waited "
         f"{one.share_waited:.1%} of its time, over {one.num_windows} windows of files."
     )
 
@@ -79,10 +79,11 @@ def write(figures: DecodingFigures, path: Path, *, machine: dict[str, Any], note
 
 {" ".join(filter(None, (f"{said}.", note)))}
 
-By `tools/measure_decoding.py`: {figures.hours:.2f} hours of espeak-ng's speech in {figures.num_files} files of two sentences, the same in every kind of file, written by libsndfile at its
-default qualities and read from the page cache. Hours of audio a second of CPU time, user and system, of all threads:
-medians of {figures.num_rounds} rounds in which providers take turns; two rounds of one figure differ by a factor of
-{spread(figures):.2f} at most. Before, the length and level of every waveform are checked.
+By `tools/measure_decoding.py`: {figures.hours:.2f} hours of espeak-ng's speech in {figures.num_files} files of two
+sentences, the same in every kind of file, written by libsndfile at its default qualities and read from the page cache.
+Hours of audio a second of CPU time, user and system, of all threads: medians of {figures.num_rounds} rounds in which
+providers take turns; two rounds of one figure differ by a factor of {spread(figures):.2f} at most. Before, the length
+and level of every waveform are checked.
 
 {legend}
 
