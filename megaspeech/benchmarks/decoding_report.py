@@ -45,8 +45,8 @@ def end_to_end_line(figures: DecodingFigures) -> str:
     one = figures.end_to_end
     return (
         f"All {figures.num_files} files in turn, {one.hours:.2f} h, to codes by the preparation's own path with one "
-        f"decoding thread: {one.per_cpu_second:.3f} h a CPU-second, {one.per_second:.3f} h a second; the encoder waited "
-        f"{one.share_waited:.1%} of its time, over {one.num_windows} windows of files."
+        f"decoding thread: {one.per_cpu_second:.3f} h a CPU-second, {one.per_second:.3f} h a second; the encoder "
+        f"waited {one.share_waited:.1%} of its time, over {one.num_windows} windows of files."
     )
 
 
