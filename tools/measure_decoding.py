@@ -19,9 +19,10 @@ import torch
 from rich.console import Console
 
 from megaspeech.benchmarks import decoding_report
-from megaspeech.benchmarks.decoders import PROVIDERS
 from megaspeech.benchmarks.decoding import measure_decoding
 from megaspeech.kernels.benchmarks.machine import describe_machine
+
+PACKAGES = ("nvidia-dali-cuda130", "soundfile", "soxr", "librosa", "torchcodec", "lhotse")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,8 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     decoding_report.show(figures, Console(width=None if sys.stdout.isatty() else 160))
     if options.json:
-        packages = [*(provider.package for provider in PROVIDERS), "soxr"]
-        machine = describe_machine("cpu", packages=packages)
+        machine = describe_machine("cpu", packages=PACKAGES)
         decoding_report.write(figures, options.json, machine=machine, note=options.note)
         print(f"written: {options.json} and .md")
     return 0

@@ -27,13 +27,11 @@ class Provider:
     Attributes:
         name: short, for a table's head.
         what: it does, for the legend.
-        package: as pip knows it.
         load: imports it; raises whatever a package that is not installed, or not usable here, raises.
     """
 
     name: str
     what: str
-    package: str
     load: Callable[[], Decode]
 
 
@@ -106,16 +104,14 @@ PROVIDERS = (
         "ours",
         "`megaspeech.preparation.decode`: DALI, and for MP3 soundfile and soxr; it alone checks containers, lengths "
         "and samples",
-        "nvidia-dali-cuda130",
         _load_ours,
     ),
-    Provider("soundfile + soxr", "`soundfile.read`, mean, `soxr.resample`", "soundfile", _load_soundfile),
-    Provider("librosa", "`librosa.load`", "librosa", _load_librosa),
-    Provider("torchcodec", "`AudioDecoder` of one channel, which is FFmpeg", "torchcodec", _load_torchcodec),
+    Provider("soundfile + soxr", "`soundfile.read`, mean, `soxr.resample`", _load_soundfile),
+    Provider("librosa", "`librosa.load`", _load_librosa),
+    Provider("torchcodec", "`AudioDecoder` of one channel, which is FFmpeg", _load_torchcodec),
     Provider(
         "Lhotse",
         "`Recording.resample().load_audio()`, mean; what NeMo's Lhotse loader calls",
-        "lhotse",
         _load_lhotse,
     ),
 )

@@ -68,7 +68,7 @@ def test_who_cannot_is_a_row_with_the_reason(tmp_path: Path) -> None:
         "shorter": lambda: altering(lambda waveform_N: waveform_N[:-4000]),
         "louder": lambda: altering(lambda waveform_N: 1.2 * waveform_N),
     }
-    providers = [Provider(name, "", name, load) for name, load in loaders.items()]
+    providers = [Provider(name, "", load) for name, load in loaders.items()]
     figures = measure_decoding(tmp_path, hours=HOURS, num_rounds=1, say=lambda _: None, providers=providers)
     faults = {(row.format, row.source, row.provider): row.fault for row in figures.rows}
     for format in FORMATS:
