@@ -1,9 +1,9 @@
 """Recordings as waveforms: whole WAV, FLAC and Ogg files by NVIDIA DALI on the CPU, all else by soundfile or PyAV.
 
 DALI needs no GPU or driver for this. In its pipelines one bad file fails the whole batch, so the bytes of every file
-are looked at before they enter; a batch that fails nevertheless is decoded again file by file. What a recording asks
-for (a stretch, a channel) and what it must keep to (`audio_checks.Limits`) is seen to here. Shapes: N samples, C
-channels.
+are looked at before they enter; a batch that fails nevertheless is decoded again file by file. It would resample too,
+but to go up in rate takes several times as long as soxr (docs/measurements/decoding.md). What a recording asks for (a
+stretch, a channel) and what it must keep to (`audio_checks.Limits`) is seen to here. Shapes: N samples, C channels.
 """
 
 import io
@@ -87,7 +87,7 @@ class Decoder:
         self._loudness = None if loudness is None else Loudness(loudness, rate=sample_rate)
         self._say, self._said = say or (lambda _: None), set()
         self._pipelines = {
-            downmix: _Pipeline(sample_rate, batch_size=batch_size, num_threads=num_threads, downmix=downmix)
+            downmix: _Pipeline(batch_size=batch_size, num_threads=num_threads, downmix=downmix)
             for downmix in (True, False)
         }
         self._reader = StretchReader(limits=self._limits)
@@ -119,8 +119,8 @@ class Decoder:
         read = list(self.threads.map(self._read, groups))
         for downmix, pipeline in self._pipelines.items():
             whole = [one for one in read if isinstance(one, _Whole) and one.downmix is downmix]
-            for one, waveform in zip(whole, pipeline(whole), strict=True):
-                one.waveform = waveform
+            for one, decoded in zip(whole, pipeline(whole), strict=True):
+                one.decoded = decoded
         results: dict[int, np.ndarray | Rejection] = {}
         for indices, finished in zip(files.values(), self.threads.map(self._finish, groups, read), strict=True):
             results.update(zip(indices, finished, strict=True))
@@ -184,21 +184,23 @@ class Decoder:
 
 @dataclass
 class _Whole:
-    """A file for DALI: its bytes, what its header says, and then DALI's waveform or words."""
+    """A file for DALI: its bytes, what its header says, and then DALI's (waveform, rate) or words."""
 
     content: np.ndarray
     seconds: float
     num_channels: int
     downmix: bool
-    waveform: np.ndarray | str = ""
+    decoded: tuple[np.ndarray, int] | str = ""
 
     def mono(self, channel: int | None, *, rate: int) -> np.ndarray | str:
         """`[N]`, or why there is none."""
-        if isinstance(self.waveform, str):
-            return self.waveform
-        if len(self.waveform) / rate < self.seconds - SHORTFALL:
+        if isinstance(self.decoded, str):
+            return self.decoded
+        waveform, own_rate = self.decoded
+        if len(waveform) / own_rate < self.seconds - SHORTFALL:
             return damaged(self.seconds)
-        return _channel(self.waveform, channel, num_channels=self.num_channels)
+        mono_N = _channel(waveform, channel, num_channels=self.num_channels)
+        return mono_N if isinstance(mono_N, str) else _resample(mono_N, own_rate, rate)
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ class _Samples:
     def mono(self, channel: int | None, *, rate: int) -> np.ndarray | str:
         """`[N]`, or why there is none."""
         mono_N = _channel(self.samples_NC, channel, num_channels=self.samples_NC.shape[1])
-        return mono_N if isinstance(mono_N, str) or self.rate == rate else _resample(mono_N, self.rate, rate)
+        return mono_N if isinstance(mono_N, str) else _resample(mono_N, self.rate, rate)
 
 
 def _channel(samples: np.ndarray, channel: int | None, *, num_channels: int) -> np.ndarray | str:
@@ -223,20 +225,20 @@ def _channel(samples: np.ndarray, channel: int | None, *, num_channels: int) -> 
 
 
 def _resample(waveform_N: np.ndarray, before: int, after: int) -> np.ndarray:
+    if before == after:
+        return waveform_N
     try:
         import soxr
     except ImportError as error:
-        raise ImportError(
-            f"stretches of files and formats that DALI does not read need soxr ({error}): pip install megaspeech[data]"
-        ) from None
+        raise ImportError(f"another sample rate needs soxr ({error}): pip install megaspeech[data]") from None
     return soxr.resample(waveform_N, before, after).astype(np.float32, copy=False)
 
 
 class _Pipeline:
-    """DALI's pipeline: bytes of whole files in, waveforms out; it is built when it is first needed."""
+    """DALI's pipeline: bytes of whole files in, waveforms and rates out; it is built when it is first needed."""
 
-    def __init__(self, sample_rate: int, *, batch_size: int, num_threads: int, downmix: bool) -> None:
-        self._sample_rate, self._batch_size, self._num_threads = sample_rate, batch_size, num_threads
+    def __init__(self, *, batch_size: int, num_threads: int, downmix: bool) -> None:
+        self._batch_size, self._num_threads = batch_size, num_threads
         self._downmix, self._dali, self._pipeline = downmix, _import_dali(), None
 
     def _build(self) -> Any:
@@ -247,15 +249,12 @@ class _Pipeline:
         )
         with pipeline:
             encoded = fn.external_source(name="encoded", dtype=self._dali.types.UINT8, ndim=1, no_copy=True)
-            waveform, _ = fn.decoders.audio(
-                encoded, downmix=self._downmix, sample_rate=float(self._sample_rate), dtype=self._dali.types.FLOAT
-            )
-            pipeline.set_outputs(waveform)
+            pipeline.set_outputs(*fn.decoders.audio(encoded, downmix=self._downmix, dtype=self._dali.types.FLOAT))
         pipeline.build()
         return pipeline
 
-    def __call__(self, batch: "Sequence[_Whole]") -> list[np.ndarray | str]:
-        """Waveforms in order, `[N]` where mixed down, else `[N, C]`; or why there is none."""
+    def __call__(self, batch: "Sequence[_Whole]") -> list[tuple[np.ndarray, int] | str]:
+        """(waveform, its rate) in order, `[N]` where mixed down, else `[N, C]`; or why there is none."""
         if not batch:
             return []
         self._pipeline = self._pipeline or self._build()
@@ -267,12 +266,13 @@ class _Pipeline:
                 return [damaged(batch[0].seconds)]
             return [self([one])[0] for one in batch]
 
-    def _run(self, batch: "Sequence[_Whole]") -> list[np.ndarray | str]:
+    def _run(self, batch: "Sequence[_Whole]") -> list[tuple[np.ndarray, int] | str]:
         self._pipeline.feed_input("encoded", [one.content for one in batch])
-        (waveforms,) = self._pipeline.run()
+        waveforms, rates = self._pipeline.run()
         # Copied, because DALI uses its buffers again for the next batch.
         arrays = [np.array(waveforms.at(index), dtype=np.float32) for index in range(len(batch))]
-        return [array.reshape(-1) for array in arrays] if self._downmix else arrays
+        arrays = [array.reshape(-1) for array in arrays] if self._downmix else arrays
+        return [(array, round(float(rates.at(index)))) for index, array in enumerate(arrays)]
 
 
 def _import_dali() -> Any:
