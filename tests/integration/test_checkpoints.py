@@ -134,7 +134,7 @@ def test_one_rank_that_cannot_write(home: Path, reference: Path) -> None:
 
 def test_shards_of_another_codec_than_the_checkpoint(home: Path, reference: Path) -> None:
     shutil.copytree(home / "shards", home / "foreign")
-    for header in home.glob("foreign/*/*.json"):
+    for header in home.glob("foreign/**/*.json"):
         header.write_text(header.read_text().replace('"codec_fingerprint": "none"', '"codec_fingerprint": "f00d"'))
     config, _, run = _arguments(home, "reference")
     finished = train(config, f"data.directory={home}/foreign", run)
