@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from megaspeech.preparation.decode import Decoder, Rejection
-from megaspeech.preparation.utterance import Recording
+from megaspeech.preparation.recording import Recording
 
 Decode = Callable[[Sequence[Path], int], Iterator[np.ndarray]]
 """Of files and a rate in Hz: their waveforms float32 `[N]`, in order."""

@@ -21,10 +21,10 @@ from megaspeech.codecs.spectral import SpectralCodec, SpectralConfig
 from megaspeech.config.preparation import PreparationSection
 from megaspeech.preparation.encoding import Window, decoded_windows, encode_window
 from megaspeech.preparation.reading_ahead import ahead
+from megaspeech.preparation.recording import Recording
 from megaspeech.preparation.synthesis.voices import draw_voices
 from megaspeech.preparation.synthesis.words import read_aloud
 from megaspeech.preparation.timeline import Timeline
-from megaspeech.preparation.utterance import Recording
 
 SAMPLE_RATE = 24_000  # Hz, of waveforms; codes are made from those at the codec's own rate
 LEAST_HOURS = 0.06  # with less, the codec cannot be fitted

@@ -20,7 +20,7 @@ from megaspeech.data.tasks import Task
 from megaspeech.preparation.compose import timing_of
 from megaspeech.preparation.reading import read_utterances
 from megaspeech.preparation.recording import Recording
-from megaspeech.preparation.sources import Unit
+from megaspeech.preparation.sources import Unit, evenly_spread
 from megaspeech.preparation.utterance import Utterance
 
 MOST_UNITS = 20
@@ -82,18 +82,18 @@ def estimate_planned(config: Config, source: SourceSection, *, frame_rate: float
 
 
 def _estimate(config: Config, units: Sequence[Unit], *, split: str, source: str, frame_rate: float) -> Estimate:
-    places = sorted({int(place) for place in np.linspace(0, len(units) - 1, min(MOST_UNITS, len(units)))})
-    found = Estimate(split, source, len(units), len(places))
+    chosen = evenly_spread(units, most=MOST_UNITS)
+    found = Estimate(split, source, len(units), len(chosen))
     # By lines, because the last unit of a manifest has fewer.
-    scale = sum(unit.num_lines for unit in units) / max(1, sum(units[place].num_lines for place in places))
-    for place in places:
-        utterances, refused = read_utterances(units[place], config=config, frame_rate=frame_rate)
+    scale = sum(unit.num_lines for unit in units) / max(1, sum(unit.num_lines for unit in chosen))
+    for unit in chosen:
+        utterances, refused = read_utterances(unit, config=config, frame_rate=frame_rate)
         found.num_samples += scale * len(utterances)
         found.num_refused += scale * len(refused)
         recordings = {recording for utterance in utterances for recording in utterance.recordings}
         found.hours += scale * sum(recording.seconds or 0.0 for recording in recordings) / 3600
         found.num_unknown += scale * sum(_num_seconds(utterance) is None for utterance in utterances)
-        found.num_shards += len(Counter(utterance.task.key for utterance in utterances)) * len(units) / len(places)
+        found.num_shards += len(Counter(utterance.task.key for utterance in utterances)) * len(units) / len(chosen)
         found.num_bytes += scale * sum(_bytes_of(one, config=config, frame_rate=frame_rate) for one in utterances)
     return found
 

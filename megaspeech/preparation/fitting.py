@@ -22,7 +22,7 @@ from megaspeech.preparation.decode import Decoder, Rejection
 from megaspeech.preparation.encoding import encoding_device
 from megaspeech.preparation.prepare import limits_of
 from megaspeech.preparation.reading import read_utterances, recordings_of
-from megaspeech.preparation.sources import Unit
+from megaspeech.preparation.sources import Unit, evenly_spread
 from megaspeech.preparation.utterance import Utterance
 
 SPECTRAL_FRAME_RATE = SpectralConfig.sample_rate / (SpectralConfig.hop * SpectralConfig.hops_per_frame)
@@ -76,11 +76,7 @@ def _some(units: Sequence[Unit]) -> list[Unit]:
         if unit.split == "train":
             of_source.setdefault(unit.source.name, []).append(unit)
     share = max(1, MOST_UNITS // max(1, len(of_source)))
-    return [
-        several[place]
-        for several in of_source.values()
-        for place in sorted({int(index) for index in np.linspace(0, len(several) - 1, min(share, len(several)))})
-    ]
+    return [unit for several in of_source.values() for unit in evenly_spread(several, most=share)]
 
 
 def _fit_codec(config: Config, utterances: Sequence[Utterance]) -> str:

@@ -92,6 +92,12 @@ def list_units(sources: Iterable[SourceSection], *, lines_per_shard: int) -> lis
     return [unit for source in sources for unit in _units_of(source, lines_per_shard=lines_per_shard)]
 
 
+def evenly_spread(units: Sequence[Unit], *, most: int) -> list[Unit]:
+    """Up to `most` of several units, the first and the last among them: a sample of what they hold."""
+    places = np.linspace(0, len(units) - 1, min(most, len(units)))
+    return [units[place] for place in sorted({int(place) for place in places})]
+
+
 def read_unit(unit: Unit) -> Iterator[Utterance | Refused]:
     """What a unit's lines hold, in order; faulty lines come as `Refused`, and the others go on.
 

@@ -109,20 +109,25 @@ def test_validation_is_packed_too_and_whole(home: Path) -> None:
         assert torch.allclose(expected, total)
 
 
+def draw_samples(config: Config, *lengths: int) -> list[dict]:
+    """Random samples of so many frames as `collate` takes them; a third of their tokens weighs nothing."""
+    generator, streams = np.random.default_rng(1), config.streams
+    return [
+        {
+            "codes": generator.integers(0, streams.cardinality, (streams.num_streams, frames)),
+            "weights": generator.integers(0, 3, (1 + streams.num_codebooks, frames)).astype(np.float32),
+            "rejected": (),
+        }
+        for frames in lengths
+    ]
+
+
 @pytest.mark.usefixtures("one_rank")
 def test_no_sample_sees_another(tmp_path: Path) -> None:
     """Logits of a packed row are those of each sample alone, delays and a window shorter than a sample included."""
     config = make_config(tmp_path, *PACKED, "training.micro_batch_size=1", "data.length_multiple=1")
     model = SpeechTextModel(config, pre_process=True, post_process=True)
-    generator, streams = np.random.default_rng(0), config.streams
-    items = [
-        {
-            "codes": generator.integers(0, streams.cardinality, (streams.num_streams, frames)),
-            "weights": generator.random((1 + streams.num_codebooks, frames), dtype=np.float32),
-            "rejected": (),
-        }
-        for frames in (17, 1, 20, 5)
-    ]
+    items = draw_samples(config, 17, 1, 20, 5)
     row = collate(items, length=46, config=config)
     assert row.bounds_D.tolist() == [0, 17, 18, 38, 43, 46]
     text, audio = model(row.codes_BST, bounds_D=row.bounds_D)
@@ -141,15 +146,7 @@ def test_no_sample_sees_another(tmp_path: Path) -> None:
 def test_losses_and_gradients_are_those_of_the_samples(tmp_path: Path) -> None:
     config = make_config(tmp_path, *PACKED, "training.micro_batch_size=1", "data.length_multiple=1")
     model = SpeechTextModel(config, pre_process=True, post_process=True)
-    generator, streams = np.random.default_rng(1), config.streams
-    items = [
-        {
-            "codes": generator.integers(0, streams.cardinality, (streams.num_streams, frames)),
-            "weights": generator.integers(0, 3, (1 + streams.num_codebooks, frames)).astype(np.float32),
-            "rejected": (),
-        }
-        for frames in (13, 20, 6)
-    ]
+    items = draw_samples(config, 13, 20, 6)
 
     def run(batches: list[Batch]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         model.zero_grad()
