@@ -21,6 +21,7 @@ GROUPS = (
     ("parallel", "preparation"),
     ("checkpoint",),
     ("training", "planning", "streaming"),
+    ("conversion",),
     ("benchmarks",),
     ("train", "tools", "examples"),
 )
@@ -112,6 +113,9 @@ def may_import(room: str, other: str) -> bool:
         ("streaming", "checkpoint", True),
         ("benchmarks", "training", True),
         ("streaming", "benchmarks", False),
+        ("streaming", "conversion", False),
+        ("conversion", "streaming", True),
+        ("benchmarks", "conversion", True),
         ("tools", "training", True),
         ("train", "tools", False),
     ],

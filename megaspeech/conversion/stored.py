@@ -1,0 +1,45 @@
+"""A model as it lies on a disk, whatever its format: its config, its weights by native names, what goes with it.
+
+Every reader (`native`, `moshi`, `transformers_moshi`, ...) opens a folder as a `StoredModel`; changes of vocabulary or
+streams make one of another; every writer takes one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megaspeech.config import Config
+from megaspeech.conversion.deferred import Weights
+
+
+@dataclass(frozen=True)
+class Companions:
+    """Files that a model is no use without, where they are known.
+
+    Attributes:
+        tokenizer: the sentencepiece model.
+        codec: folder of the codec, or a Mimi in Kyutai's one file.
+    """
+
+    tokenizer: Path | None = None
+    codec: Path | None = None
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model, unread.
+
+    Attributes:
+        config: its sections `model`, `streams`, `temporal`, `depth`, `codec`, `data` and `precision` (the weights')
+            are of this model; the others are as they come, or those of the run that trained it.
+        weights: by native name (`temporal.block.layers.3.mlp.linear_fc1.weight`), those of a whole model on one rank
+            with megatron-core's own layers.
+        companions: tokenizer and codec.
+        notes: a line for each thing that the user should know: what was dropped, folded in, drawn anew.
+    """
+
+    config: Config
+    weights: Weights
+    companions: Companions = field(default_factory=Companions)
+    notes: tuple[str, ...] = ()
