@@ -10,7 +10,7 @@ import resource
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -144,10 +144,11 @@ class ValidBatches:
     def __iter__(self) -> Iterator[list[Batch]]:
         for first in range(0, len(self.groups), self.at_once):
             groups = self.groups[first : first + self.at_once]
-            items = [
-                [self.samples.sample(index, generator=np.random.default_rng(0)) for index in one] for one in groups
-            ]
+            items = [[self._sample(index) for index in group] for group in groups]
             yield collate_step(items, config=self.samples.config)
+
+    def _sample(self, index: int) -> dict[str, Any]:
+        return self.samples.sample(index, generator=np.random.default_rng(0))
 
 
 def valid_batches(config: Config, *, dp_rank: int, dp_size: int) -> dict[str, ValidBatches]:

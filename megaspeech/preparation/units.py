@@ -26,6 +26,7 @@ import numpy as np
 
 from megaspeech.data.shard_set import write_catalogue
 from megaspeech.data.shards import ShardHeader, write_shard
+from megaspeech.data.whole_files import replacing
 from megaspeech.preparation.audio_checks import kind_of
 from megaspeech.preparation.sources import Unit
 
@@ -233,12 +234,10 @@ class UnitStore:
         return together
 
     def _join_rejections(self, units: Sequence[Unit]) -> None:
-        aside = self.directory / f"{REJECTED}.{uuid.uuid4().hex}.part"
-        with aside.open("wb") as file:
+        with replacing(self.directory / REJECTED) as aside, aside.open("wb") as file:
             for unit in units:
                 with self.rejections(unit).open("rb") as part:
                     shutil.copyfileobj(part, file)
-        os.replace(aside, self.directory / REJECTED)
 
 
 def _made_of(unit: Unit) -> dict[str, Any]:

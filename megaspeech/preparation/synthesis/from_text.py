@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from megaspeech.data.whole_files import replacing
 from megaspeech.preparation.synthesis.speech import Speech
 from megaspeech.preparation.synthesis.voices import LANGUAGES, voices_for
 from megaspeech.preparation.synthesis.words import read_aloud
@@ -190,10 +191,8 @@ class TextToSpeech:
         if self.output.is_dir() and any(self.output.iterdir()):
             raise ValueError(f"output: {self.output} holds something that is not speech from a text; name a new folder")
         self.output.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(dir=self.output.parent)
-        with open(handle, "w") as file:
-            file.write(made_of)
-        os.replace(aside, mark)  # array tasks may do this at one time, with one content
+        with replacing(mark) as aside:  # array tasks may do this at one time, with one content
+            aside.write_text(made_of)
 
     def _make_unit(self, number: int, lines: Sequence[bytes]) -> None:
         aside = Path(tempfile.mkdtemp(prefix=f"{number:06d}.part-", dir=self.output))
