@@ -15,7 +15,6 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -44,25 +43,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def share_of(array: str | None, environment: Mapping[str, str]) -> tuple[int, int]:
-    """(I, N) of `--array I/N`, else of the Slurm array task that the environment tells of, else (0, 1).
-
-    Raises:
-        ValueError: it is not I/N with 0 <= I < N.
-    """
-    if array is None and (count := environment.get("SLURM_ARRAY_TASK_COUNT")):
-        # By modulo, so that arrays from 1 do as well as those from 0.
-        return int(environment["SLURM_ARRAY_TASK_ID"]) % int(count), int(count)
-    index, _, count = (array or "0/1").partition("/")
-    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
-        raise ValueError(f"--array {array}: is not I/N with 0 <= I < N, such as 0/8 for the first of eight")
-    return int(index), int(count)
-
-
 def _prepare(config, options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from megaspeech.preparation import fitting
+    from megaspeech.preparation.job_array import share_of
     from megaspeech.preparation.prepare import Preparation
     from megaspeech.preparation.report import report
     from megaspeech.preparation.sources import list_units
