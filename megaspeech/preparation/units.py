@@ -45,6 +45,8 @@ class Totals:
     """By the first words of the reason."""
     notes: Counter[str] = field(default_factory=Counter)
     """Of what was kept though something was changed, for the report."""
+    effects: Counter[str] = field(default_factory=Counter)
+    """Recordings by what was done to them, each altered version by itself (`Plan.effects`)."""
     largest_shift: int = 0
     """Frames by which the word that was moved farthest was."""
     seconds: float = 0.0
@@ -52,7 +54,7 @@ class Totals:
 
     def add(self, other: Totals) -> None:
         """Take another's into this one's."""
-        for name in ("samples", "frames", "rejected", "notes"):
+        for name in ("samples", "frames", "rejected", "notes", "effects"):
             getattr(self, name).update(getattr(other, name))
         self.largest_shift = max(self.largest_shift, other.largest_shift)
         self.seconds += other.seconds
@@ -117,10 +119,8 @@ class UnitStore:
         samples: Mapping[str, Sequence[np.ndarray]],
         *,
         header: Callable[[str], ShardHeader],
-        rejected: Iterable[Mapping[str, str]],
-        notes: Mapping[str, int],
-        largest_shift: int,
-        seconds: float,
+        rejected: Sequence[Mapping[str, str]],
+        totals: Totals,
     ) -> None:
         """Write a unit's shards, what was left out, and then the mark that it is done.
 
@@ -129,14 +129,13 @@ class UnitStore:
             samples: `[S, T]` by `Task.key`.
             header: of a task's shard.
             rejected: lines for `rejected.jsonl`; "reason" is counted.
-            notes, largest_shift, seconds: for the totals.
+            totals: what became of the unit beside that; samples, frames and rejections are counted in here.
         """
-        totals = Totals(notes=Counter(notes), largest_shift=largest_shift, seconds=seconds)
         # Another task that does this unit too has a folder of another name.
         aside = self.folder(unit) / UNITS / f"{unit.number:06d}.{uuid.uuid4().hex}.part"
         try:
             aside.mkdir(parents=True)
-            self._write(unit, aside, samples, header=header, rejected=list(rejected), totals=totals)
+            self._write(unit, aside, samples, header=header, rejected=rejected, totals=totals)
             self._move_in(unit, aside, tasks=list(samples))
         except FileNotFoundError:
             if not self.is_done(unit):  # else that task was faster, and cleared up: see `finish`
