@@ -61,13 +61,16 @@ def _prepare(config, options: argparse.Namespace) -> int:
     units = list_units(sources, lines_per_shard=config.preparation.lines_per_shard)
     if options.dry_run:
         return _estimate(config, units, planned, encode_rate=options.encode_rate, console=console)
-    if count > 1 and not options.fit and (missing := fitting.what_is_missing(config)):
+    missing = fitting.what_is_missing(config)
+    if count > 1 and not options.fit and missing:
         raise ValueError(
             f"{missing[0]}: there is nothing in {_value(config, missing[0])!r} yet; run tools/prepare_data.py "
             f"{options.config} --fit once, before the array"
         )
     fitting.make_what_is_missing(config, units, say=console.print)
     if options.fit:
+        if not missing:
+            console.print(f"nothing is to be fitted: {config.codec.path} and {config.data.tokenizer} are there")
         return 0
     codec, tokenizer = fitting.load_codec_and_tokenizer(config)
     preparation = Preparation(config, codec=codec, tokenizer=tokenizer, say=console.print)

@@ -14,7 +14,7 @@ from megaspeech.preparation.units import Totals, UnitStore
 
 _NOTES = {
     "moved_words": "words stand later than they should, because the ones before them took their frames",
-    "frames_past_end": "frames of text after the end of its audio",
+    "frames_past_end": "frames of text stand after the end of their audio",
     "unknown_pieces": "stretches of text left out, which the tokenizer has no piece for",
     "text_cuts": "samples more, because texts that are longer than a sample were cut between words",
 }
