@@ -58,7 +58,8 @@ def _prepare(config, options: argparse.Namespace) -> int:
     console = Console(width=None if sys.stdout.isatty() else 120)
     planned = [one for one in config.sources if options.dry_run and one.hours and not one.train]
     sources = [one for one in config.sources if one not in planned]
-    units = list_units(sources, lines_per_shard=config.preparation.lines_per_shard)
+    kept = None if options.dry_run else Path(config.data.directory) / "manifests"
+    units = list_units(sources, lines_per_shard=config.preparation.lines_per_shard, kept=kept)
     if options.dry_run:
         return _estimate(config, units, planned, encode_rate=options.encode_rate, console=console)
     missing = fitting.what_is_missing(config)

@@ -4,6 +4,7 @@
     data.directory/{train,valid}/SOURCE/units/{unit:06d}.{json,rejected.jsonl} the done-mark; what was left out, and why
     data.directory/{train,valid}/SOURCE/TASK/catalogue.json                    when every unit of all sources is done
     data.directory/rejected.jsonl                                              all that was left out, likewise
+    data.directory/manifests/                                                  see `line_index`
 
 A unit's files are written to a folder of their own and renamed, the done-mark last. What a unit becomes follows from
 its lines, its audio and the config alone, so that a unit made twice, after a kill or by two array tasks that were given
