@@ -87,18 +87,21 @@ def load_runtime(
 def make_generator(
     lm: LMModel,
     *,
+    temperature: float | None = None,
     on_text_logits_hook: TokenHook | None = None,
     on_text_hook: TokenHook | None = None,
     on_audio_hook: TokenHook | None = None,
 ) -> LMGen:
-    """A greedy generator over `lm`.
+    """A generator over `lm` that takes the most likely tokens, or draws them with a temperature.
 
     The hooks may change in place: text logits `[B, 1, 1, V]`, text tokens `[B]`, own codes `[B, Q]`, in this order
     at every step.
     """
     return import_moshi(lm.device).LMGen(
         lm,
-        use_sampling=False,
+        use_sampling=temperature is not None,
+        temp=temperature or 0.0,
+        temp_text=temperature or 0.0,
         on_text_logits_hook=on_text_logits_hook,
         on_text_hook=on_text_hook,
         on_audio_hook=on_audio_hook,
