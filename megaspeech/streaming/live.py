@@ -173,13 +173,12 @@ class LiveSession:
         yield self.open()
         for samples_N in sound:
             yield self.step(samples_N)
-        num_quiet = 0
-        for _ in range(round(LONGEST_REST * self.frame_rate)):
+        num_rest = num_quiet = 0
+        while num_rest < round(LONGEST_REST * self.frame_rate) and num_quiet < self._patience:
             said = self.step(None)
             yield said
-            num_quiet = num_quiet + 1 if self._script.is_over and _is_quiet(said) else 0
-            if num_quiet == self._patience:
-                return
+            if self._script.is_over:  # a text is said to its end
+                num_rest, num_quiet = num_rest + 1, num_quiet + 1 if _is_quiet(said) else 0
 
     def _on_text(self, tokens_B: torch.Tensor) -> None:
         self._steering.force(tokens_B)
