@@ -93,6 +93,22 @@ def spelled(text: str, *, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
     return words
 
 
+def task_of(key: str | None, served: ServedFolder) -> Task | None:
+    """The task that is written `key`; None for a model that knows none.
+
+    Raises:
+        ValueError: it is no task, the model wants one, or knows none.
+    """
+    if key is None and served.knows_tasks:
+        raise ValueError("--task is missing: the model was trained on tasks; name one, such as asr-en or st-ja-en")
+    if key is not None and not served.knows_tasks:
+        raise ValueError(f"--task {key}: the folder has no megaspeech.toml, so its model knows no tasks; leave it out")
+    try:
+        return None if key is None else Task.parse(key)
+    except ValueError as error:
+        raise ValueError(f"--task: {error}") from error
+
+
 def prompt_of(task: Task | None, *, tokenizer: Tokenizer) -> list[int]:
     """The pieces that open a session; none for a model that knows no tasks.
 
