@@ -60,7 +60,7 @@ class DecodedSound:
 
     def append_bytes(self, payload: bytes) -> np.ndarray:
         """float32 samples."""
-        return np.frombuffer(payload, dtype=np.float32)
+        return np.frombuffer(bytearray(payload), dtype=np.float32)  # writable, as torch likes it
 
 
 @dataclass
@@ -133,7 +133,7 @@ class Connection:
             try:
                 message = await self.ws.receive(timeout=IDLE_SECONDS)
             except asyncio.TimeoutError:
-                if self.is_answered:
+                if self._clock is not None and time.monotonic() - self._clock.began > IDLE_SECONDS:
                     raise RefusedError(WSCloseCode.POLICY_VIOLATION, "no sound came") from None
                 continue
             if message.type in (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR):
@@ -194,4 +194,6 @@ class Connection:
             ConnectionError: the client is gone.
             TimeoutError: it does not read.
         """
+        if self._is_over:
+            raise ConnectionResetError("the client has gone")
         asyncio.run_coroutine_threadsafe(self.ws.send_bytes(data), self._loop).result(timeout=SEND_SECONDS)

@@ -185,6 +185,7 @@ class SpeechServer:
             await asyncio.wait({reading, answering}, return_when=asyncio.FIRST_COMPLETED)
             await self._part(connection, reading=reading, answering=answering)
         finally:
+            connection.hang_up()  # or the model's thread would listen for ever
             self._connections.discard(connection)
         return ws
 
