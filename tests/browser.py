@@ -52,7 +52,7 @@ class Browser:
         async with self.session.put(f"http://127.0.0.1:{port}/json/new?{self.url}") as answer:
             page = await answer.json()
         self.ws = await self.session.ws_connect(page["webSocketDebuggerUrl"], max_msg_size=0)
-        await self.until("document.readyState === 'complete'")
+        await self.until(f"location.href.startsWith('{self.url}') && document.readyState === 'complete'")
         return self
 
     async def __aexit__(self, *raised: object) -> None:
