@@ -13,6 +13,8 @@ import pytest
 from served_folder import make_served_folder
 from serving import FRAME, ROOT, Client, Served, connected, start
 
+sys.path.insert(0, str(ROOT))
+
 pytestmark = pytest.mark.skipif(
     any(find_spec(name) is None for name in ("moshi", "aiohttp", "sphn")), reason="moshi, aiohttp or sphn is missing"
 )
@@ -194,10 +196,23 @@ def test_what_is_wrong_is_said_in_a_line(
     capsys: pytest.CaptureFixture,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    sys.path.insert(0, str(ROOT))
     from tools import serve
 
     folder = make_served_folder(tmp_path_factory.mktemp("faulty") / "model")
     assert serve.main([str(folder), *(option.replace("PORT", str(served.port)) for option in options)]) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("package", ["aiohttp", "sphn"])
+def test_without_a_package_the_remedy_is_named(
+    package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from tools import serve
+
+    for module in ("megaspeech.streaming.server", "megaspeech.streaming.connection"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delattr("megaspeech.streaming.server", raising=False)
+    assert serve.main(["nowhere", "--task", "asr-en"]) == 1
+    assert "pip install megaspeech[serve]" in capsys.readouterr().err
