@@ -28,8 +28,8 @@ MAX_SOUNDLESS_BYTES = 1 << 16
 """What may come without a sound in it: headers, and what is ignored."""
 MAX_AHEAD = 10.0
 """Seconds of sound beyond the time that has passed: what a page sends that was held up."""
-MAX_BEHIND = 10.0
-"""Seconds of sound that may wait for the model."""
+MAX_BEHIND = 2 * MAX_AHEAD
+"""Seconds of sound that may wait for the model; more than a flood can bring before it is known for one."""
 IDLE_SECONDS = 30.0
 """After which a client that sends nothing leaves the model to others."""
 SEND_SECONDS = 10.0
