@@ -21,6 +21,7 @@ import sphn
 from aiohttp import WSCloseCode, WSMsgType, web
 
 SOUND, TEXT = b"\x01", b"\x02"
+NO_SOUND = np.zeros(0, dtype=np.float32)
 IGNORED_KINDS = (0, 3, 4, 6)
 MAX_MESSAGE_BYTES = 1 << 14
 """Opus takes at most 64 kB a second; pages are of some 40 to 80 ms."""
@@ -31,7 +32,7 @@ MAX_AHEAD = 10.0
 MAX_BEHIND = 2 * MAX_AHEAD
 """Seconds of sound that may wait for the model; more than a flood can bring before it is known for one."""
 IDLE_SECONDS = 30.0
-"""After which a client that sends nothing leaves the model to others."""
+"""After which a client that sends no sound leaves the model to others."""
 SEND_SECONDS = 10.0
 """After which a client that does not read is given up."""
 
@@ -68,12 +69,16 @@ class Clock:
     """Seconds of sound that came, and that were taken from the queue, since a session began."""
 
     began: float = field(default_factory=time.monotonic)
+    last_sound: float = field(default_factory=time.monotonic)
     received: float = 0.0
     taken: float = 0.0
 
     def check(self) -> None:
-        """Raises RefusedError where the sound runs too far ahead of the time, or of the model."""
-        if self.received - (time.monotonic() - self.began) > MAX_AHEAD:
+        """Raises RefusedError where no sound comes, or it runs too far ahead of the time, or of the model."""
+        now = time.monotonic()
+        if now - self.last_sound > IDLE_SECONDS:
+            raise RefusedError(WSCloseCode.POLICY_VIOLATION, f"no sound came for {IDLE_SECONDS:.0f} s")
+        if self.received - (now - self.began) > MAX_AHEAD:
             raise RefusedError(
                 WSCloseCode.POLICY_VIOLATION, f"more than {MAX_AHEAD:.0f} s ahead: send sound as fast as it is spoken"
             )
@@ -133,8 +138,7 @@ class Connection:
             try:
                 message = await self.ws.receive(timeout=IDLE_SECONDS)
             except asyncio.TimeoutError:
-                if self._clock is not None and time.monotonic() - self._clock.began > IDLE_SECONDS:
-                    raise RefusedError(WSCloseCode.POLICY_VIOLATION, "no sound came") from None
+                self._take(NO_SOUND)
                 continue
             if message.type in (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR):
                 return
@@ -157,7 +161,7 @@ class Connection:
             if data[0] not in IGNORED_KINDS:
                 raise RefusedError(WSCloseCode.UNSUPPORTED_DATA, f"a message of the unknown kind {data[0]}; 1 is sound")
         self._check_soundless()
-        return np.zeros(0, dtype=np.float32)
+        return NO_SOUND
 
     def _decoded(self, pages: bytes) -> np.ndarray:
         try:
@@ -174,10 +178,13 @@ class Connection:
             raise RefusedError(WSCloseCode.POLICY_VIOLATION, f"{self._soundless_bytes} bytes without a sound in them")
 
     def _take(self, samples_N: np.ndarray) -> None:
-        if self._clock is not None and len(samples_N):
+        if self._clock is None:
+            return
+        if len(samples_N):
+            self._clock.last_sound = time.monotonic()
             self._clock.received += len(samples_N) / self._sample_rate
-            self._clock.check()
             self._queue.put(samples_N.astype(np.float32).tobytes())
+        self._clock.check()
 
     # ---- what recv_loop sees, in its own thread ---------------------------------------------------------------------
 
