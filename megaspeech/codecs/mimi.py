@@ -41,11 +41,13 @@ class MimiCodec(NeuralCodec):
 
     @classmethod
     def load(cls, path: str | Path, *, num_codebooks: int | None = None) -> Codec:
-        """From a folder in transformers' format, the Hugging Face cache, or a folder with Kyutai's own file.
+        """From a folder in transformers' format, the Hugging Face cache, Kyutai's own file or a folder with it.
 
-        A folder that holds ``tokenizer-*.safetensors``, as those of the moshi runtime do, is opened by that runtime.
-        Raises as ``load_pretrained``.
+        Kyutai's, which a folder holds as ``tokenizer-*.safetensors``, is opened by the moshi runtime. Raises as
+        ``load_pretrained``.
         """
+        if Path(path).is_file():
+            return MoshiMimiCodec.load(path, num_codebooks=num_codebooks)
         needs = f"{NEEDS}, or Kyutai's {KYUTAI_FILES}"
         folder = locate(path, codec=cls.name, needs=needs, published=cls.published)
         if any(folder.glob(KYUTAI_FILES)):
