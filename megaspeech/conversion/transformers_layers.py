@@ -75,6 +75,7 @@ def temporal_section(config: PretrainedConfig) -> dict[str, Any]:
     return {
         **shape_section(config),
         "context": config.sliding_window,
+        "num_extra_heads": 0,
         "rotary_base": int(rope["rope_theta"]),
     }
 

@@ -1,7 +1,7 @@
 """Native models as transformers' `MoshiForConditionalGeneration`, and back.
 
 Its layers over frames are `transformers_layers`'; this is the rest: a table a stream, one text head, and the depth
-transformer, whose weights are stacked `[codebooks, out, in]`, without RoPE. Inside is the Mimi that it hears and speaks by.
+transformer, whose weights are stacked `[Q, out, in]` for Q codebooks, and know no RoPE. A Mimi is inside.
 """
 
 from __future__ import annotations
@@ -37,17 +37,23 @@ AUDIO_TEMPERATURE, AUDIO_TOP_K = 0.8, 250
 
 
 @dataclass(frozen=True)
-class Transposed:
-    """One native `[Q * I, O]` and one foreign `[Q, O, I]`."""
+class PerCodebook:
+    """One native `[S * I, O]`, S sets of weights, and one foreign `[Q, O, I]`, a copy for each codebook.
 
-    num_codebooks: int
+    Attributes:
+        schedule: the set that each codebook uses, `[Q]`; for what is read from transformers each has its own.
+    """
+
+    schedule: tuple[int, ...]
 
     def to_foreign(self, native: Tensors) -> Tensors:
-        """Each codebook's transposed."""
-        return [native[0].unflatten(0, (self.num_codebooks, -1)).transpose(1, 2)]
+        """Each codebook's, transposed."""
+        sets_SOI = native[0].unflatten(0, (max(self.schedule) + 1, -1)).transpose(1, 2)
+        return [sets_SOI[list(self.schedule)]]
 
     def to_native(self, foreign: Tensors) -> Tensors:
-        """Each codebook's transposed back."""
+        """Each codebook's, transposed back."""
+        assert self.schedule == tuple(range(foreign[0].shape[0])), "transformers knows no shared weights"
         return [foreign[0].transpose(1, 2).flatten(0, 1)]
 
 
@@ -69,7 +75,10 @@ class Projections:
 def moshi_rules(config: Config) -> list[Rule]:
     """Which of transformers' tensors hold the numbers of which native ones; those of the Mimi inside are not among."""
     streams = config.streams
-    tables = ("decoder.model.embed_tokens.weight", *(f"embed_tokens.{k}.weight" for k in range(streams.num_streams - 1)))
+    tables = (
+        "decoder.model.embed_tokens.weight",
+        *(f"embed_tokens.{k}.weight" for k in range(streams.num_streams - 1)),
+    )
     return [
         Rule(("embedding.weight",), tables, Table(streams.cardinalities)),
         *temporal_rules(config, "decoder.model"),
@@ -80,15 +89,17 @@ def moshi_rules(config: Config) -> list[Rule]:
 
 def _depth_rules(config: Config) -> Iterator[Rule]:
     shape, codebooks = config.depth, config.streams.num_codebooks
-    stacked, keys = Transposed(codebooks), shape.num_query_groups * shape.hidden_size // shape.num_attention_heads
-    queries = Chain(stacked, Projections((shape.hidden_size, keys, keys)))
+    own, keys = tuple(range(codebooks)), shape.num_query_groups * shape.hidden_size // shape.num_attention_heads
+    sets = shape.weights_per_step_schedule or own
+    queries = Chain(PerCodebook(sets), Projections((shape.hidden_size, keys, keys)))
 
-    def rule(native: str, foreign: str) -> Rule:
-        return Rule((f"depth.{native}.weight",), (f"depth_decoder.{foreign}.weight",), stacked)
+    def rule(native: str, foreign: str, schedule: tuple[int, ...] = sets) -> Rule:
+        return Rule((f"depth.{native}.weight",), (f"depth_decoder.{foreign}.weight",), PerCodebook(schedule))
 
-    tables = ("depth_decoder.text_embed_tokens.weight", *(f"depth_decoder.embed_tokens.{k}.weight" for k in range(codebooks - 1)))
-    yield Rule(("depth.embedding",), tables, Table(config.streams.cardinalities[:codebooks]))
-    yield rule("input", "input_projections")
+    tables = ("text_embed_tokens", *(f"embed_tokens.{index}" for index in range(codebooks - 1)))
+    names = tuple(f"depth_decoder.{name}.weight" for name in tables)
+    yield Rule(("depth.embedding",), names, Table(config.streams.cardinalities[:codebooks]))
+    yield rule("input", "input_projections", sets if shape.multi_linear else (0,) * codebooks)
     for layer in range(shape.num_layers):
         ours, theirs = f"layers.{layer}", f"depth_decoder.layers.{layer}"
         yield one(f"depth.{ours}.attention_norm.weight", f"{theirs}.input_layernorm.weight")
@@ -98,7 +109,7 @@ def _depth_rules(config: Config) -> Iterator[Rule]:
         yield one(f"depth.{ours}.mlp_norm.weight", f"{theirs}.post_attention_layernorm.weight")
         yield rule(f"{ours}.fc1", f"{ours}.mlp.fc1")
         yield rule(f"{ours}.fc2", f"{ours}.mlp.fc2")
-    yield rule("heads", "lm_heads")
+    yield rule("heads", "lm_heads", own)
 
 
 def moshi_config(config: Config, *, mimi: Mimi, dtype: str) -> MoshiConfig:
@@ -145,11 +156,13 @@ def _unknown_to_transformers(config: Config, *, mimi: Mimi) -> Iterator[str]:
         yield f"streams.num_codebooks: {streams.num_codebooks}, but transformers' Moshi speaks 2 or more"
     if streams.num_given_codebooks != streams.num_codebooks:
         yield (
-            f"streams.num_given_codebooks: {streams.num_given_codebooks}, but transformers' Moshi hears as many codebooks "
-            f"as it speaks, {streams.num_codebooks}"
+            f"streams.num_given_codebooks: {streams.num_given_codebooks}, but transformers' Moshi hears as many "
+            f"codebooks as it speaks, {streams.num_codebooks}"
         )
-    if streams.delays != delays(streams.num_codebooks):
-        yield f"streams.delays: {list(streams.delays)}, but transformers' Moshi has 0 and 1, {list(delays(streams.num_codebooks))}"
+    if streams.delays != (known := delays(streams.num_codebooks)):
+        yield f"streams.delays: {list(streams.delays)}, but transformers' Moshi generates with {list(known)} alone"
+    if config.depth.low_rank_embeddings is not None:
+        yield f"depth.low_rank_embeddings: {config.depth.low_rank_embeddings}, but transformers' Moshi has whole tables"
     yield from unknown_layers(config)
     yield from unknown_codec(config, mimi=mimi, num_codebooks=streams.num_codebooks)
 
@@ -192,8 +205,8 @@ def moshi_sections(config: MoshiConfig) -> dict[str, dict[str, Any]]:
     depth = config.depth_decoder_config
     if depth.rms_norm_eps != config.rms_norm_eps:
         raise ValueError(
-            f"rms_norm_eps = {config.rms_norm_eps} and {depth.rms_norm_eps} in depth_decoder_config, but the native model "
-            f"has one for both"
+            f"rms_norm_eps = {config.rms_norm_eps} and {depth.rms_norm_eps} in depth_decoder_config, but the native "
+            f"model has one for both"
         )
     streams = {
         "text_cardinality": config.vocab_size,
@@ -206,6 +219,11 @@ def moshi_sections(config: MoshiConfig) -> dict[str, dict[str, Any]]:
         "model": {"layernorm_epsilon": config.rms_norm_eps},
         "streams": streams,
         "temporal": temporal_section(config),
-        "depth": shape_section(depth),
+        "depth": {
+            **shape_section(depth),
+            "weights_per_step_schedule": None,
+            "multi_linear": True,
+            "low_rank_embeddings": None,
+        },
         "codec": {"name": "mimi"},
     }

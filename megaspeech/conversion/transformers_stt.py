@@ -1,7 +1,7 @@
 """Native models that write and do not speak, as transformers' `KyutaiSpeechToTextForConditionalGeneration`, and back.
 
-It has one table for all streams, text first, with a row of zeros for padding at its end, and counts the initial token as a
-word of its text: so the head has a row of zeros that stands for no piece, and `generate` is told never to choose it.
+It has one table for all streams, text first, with a row of zeros for padding at its end, and counts the initial token
+as a piece of the text: so the head has a row of zeros for it, and `generate` is told never to choose it.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _unknown_to_transformers(config: Config, *, mimi: Mimi) -> Iterator[str]:
 
 
 def stt_generation(config: Config) -> GenerationConfig:
-    """How `generate` goes unless told otherwise: the likeliest piece in every frame, the audio encoded frame by frame."""
+    """How `generate` goes unless told otherwise: the likeliest piece a frame, the audio encoded frame by frame."""
     initial = config.streams.text_cardinality
     return import_transformers().GenerationConfig(
         bos_token_id=initial,
@@ -125,7 +125,9 @@ def stt_sections(config: KyutaiSpeechToTextConfig) -> dict[str, dict[str, Any]]:
     }
     for key, value in expected.items():
         if (found := getattr(config, key)) != value:
-            raise ValueError(f"{config.model_type}: {key} = {found}, but by its other sizes it should be {value}; mend it")
+            raise ValueError(
+                f"{config.model_type}: {key} = {found}, but by its other sizes it should be {value}; mend it"
+            )
     streams = {
         "text_cardinality": config.vocab_size - 1,
         "text_pad_id": config.pad_token_id,
