@@ -21,6 +21,7 @@ from megaspeech.conversion.layouts import Chain, GroupedQueries, Joined, Same, S
 from megaspeech.conversion.moshi_config import (
     CONFIG_FILE,
     LEGACY,
+    TOKENIZER_FILE,
     WEIGHTS_FILE,
     Values,
     moshi_config,
@@ -37,7 +38,7 @@ from megaspeech.conversion.rules import Layout, Rule, to_foreign, to_native
 from megaspeech.conversion.safetensors_files import INDEX, open_safetensors
 from megaspeech.conversion.stored import Companions, ForeignFiles, StoredModel
 
-RUN_FILE, TOKENIZER_FILE = "megaspeech.toml", "tokenizer.model"
+RUN_FILE = "megaspeech.toml"
 MIMI_FRAME_RATE = 12.5
 LORA_SCALING = 2.0
 """Where a config.json does not say (moshi/models/loaders.py)."""

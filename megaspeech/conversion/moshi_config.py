@@ -15,7 +15,7 @@ from megaspeech.config.schema import TransformerSection
 
 Values = Mapping[str, Any]
 
-WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE = "model.safetensors", "config.json", "tokenizer.model"
 CONTEXT = 3000
 """Frames that are seen where a config.json does not say, which streaming needs: Moshi's, four minutes."""
 
