@@ -79,6 +79,8 @@ def open_transformers(path: str | Path) -> StoredModel:
     config = _overlaid(known, sections, source=path)
     tokenizer = path / TOKENIZER_FILE
     notes = [f"the Mimi inside {path} is not taken along; --codec {path} gives it to what is written"]
+    if (initial := config.streams.text_cardinality) != (found.bos_token_id or initial):  # as Kyutai's 2.6B has it
+        notes.append(f"bos_token_id = {found.bos_token_id} is no text token; the native model starts with {initial}")
     if not tokenizer.is_file():
         notes.append(f"{path} holds no {TOKENIZER_FILE}, the sentencepiece model: name it by --tokenizer")
     companions = Companions(tokenizer=tokenizer if tokenizer.is_file() else None)

@@ -121,7 +121,6 @@ def stt_sections(config: KyutaiSpeechToTextConfig) -> dict[str, dict[str, Any]]:
         ValueError: transformers' config has what the native model has not; names key and value.
     """
     expected = {
-        "bos_token_id": config.vocab_size - 1,
         "audio_bos_token_id": config.codebook_vocab_size - 1,
         "audio_pad_token_id": config.vocab_size + config.num_codebooks * config.codebook_vocab_size,
         "tie_word_embeddings": False,
