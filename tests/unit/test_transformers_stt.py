@@ -242,3 +242,17 @@ def test_a_wrong_first_token_is_said(tiny: Any, tmp_path: Path) -> None:
     back = open_transformers(tmp_path)
     assert "bos_token_id = 48000" in " ".join(back.notes) and unequal(model, back) == []
     assert "bos_token_id" not in " ".join(open_transformers(folder).notes)
+
+
+@pytest.mark.parametrize(
+    "file, inner", [("preprocessor_config.json", None), ("processor_config.json", "feature_extractor")]
+)
+def test_delays_of_a_folder_of_others(file: str, inner: str | None, tiny: Any, tmp_path: Path) -> None:
+    """Kyutai's 2.6B: text 2.5 s late, a second of silence first. The small Mimi has 250 frames a second."""
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / name).write_bytes((tiny[-1] / name).read_bytes())
+    values = {"audio_delay_seconds": 2.5, "audio_silence_prefix_seconds": 1.0}
+    (tmp_path / file).write_text(json.dumps({inner: values} if inner else values))
+    back = open_transformers(tmp_path)
+    assert back.config.data.task_delay == 625
+    assert "audio_silence_prefix_seconds = 1.0 is not kept" in " ".join(back.notes)
