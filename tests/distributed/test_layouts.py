@@ -71,6 +71,10 @@ OTHERS = [
     # no GQA, no window
     "tp=4,temporal.num_query_groups=4",
     "tp=2,cp=2,temporal.context=3000",
+    # what text models have: biases, norms of queries and keys, heads of their own width
+    "tp=2,temporal.add_qkv_bias=true,temporal.qk_layernorm=true,temporal.kv_channels=24",
+    "tp=4,sp=1,temporal.add_qkv_bias=true,temporal.qk_layernorm=true,temporal.kv_channels=24",
+    "pp=2,dp=2,data=fsdp2,temporal.add_qkv_bias=true,temporal.qk_layernorm=true,temporal.kv_channels=24",
     # experts
     "model.preset=tiny-moe,ep=2,dp=2",
     "model.preset=tiny-moe,ep=4,dp=4",
