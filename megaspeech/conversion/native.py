@@ -67,13 +67,18 @@ def native_shapes(config: Config) -> dict[str, tuple[tuple[int, ...], torch.dtyp
 def check_native(model: StoredModel) -> None:
     """Raises ValueError where the tensors are not those of the config, naming the odd one and what shapes it."""
     expected = native_shapes(model.config)
-    for name, (shape, _) in expected.items():
+    for name, (shape, dtype) in expected.items():
         if name not in model.weights:
             raise ValueError(f"tensor {name} {list(shape)} is missing: the config wants it by {_shaped_by(name)}")
         if (found := model.weights[name].shape) != shape:
             raise ValueError(
                 f"tensor {name} has shape {list(found)}, and the config makes it {list(shape)} "
                 f"by {_shaped_by(name)}; give the config of this very model"
+            )
+        if (kept := model.weights[name].dtype) is not dtype:
+            recipe = model.config.precision.recipe
+            raise ValueError(
+                f"tensor {name} is in {kept}, and precision.recipe = {recipe} keeps it in {dtype}; give --dtype"
             )
     if extra := [name for name in model.weights if name not in expected]:
         raise ValueError(f"tensor {extra[0]} is none of the config's model ({len(extra)} such): {_shaped_by(extra[0])}")

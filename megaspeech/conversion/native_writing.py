@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megaspeech.checkpoint.checksums import checksum, write_checksums
+from megaspeech.checkpoint.checksums import CHECKSUMS, write_checksums
 from megaspeech.checkpoint.origin import CONFIG, StreamManifest
 from megaspeech.checkpoint.state import metadata
 from megaspeech.checkpoint.writing import Snapshot, write_format
@@ -32,7 +32,7 @@ from megaspeech.config.computation import ParallelSection
 from megaspeech.conversion.deferred import Deferred
 from megaspeech.conversion.native import check_native, chunk_of, pieces, whole_model
 from megaspeech.conversion.stored import StoredModel
-from megaspeech.conversion.writing import JOURNAL, Aside, Progress, Segment, check_finite
+from megaspeech.conversion.writing import Aside, Progress, Segment, check_finite
 
 FILE_BYTES = 4 << 30
 """About as long as a file gets: ranks that look for damage read a share of the files each."""
@@ -74,14 +74,15 @@ def write_native(
     write_format(Snapshot({}, buffer.getvalue(), 0), folder.path)
     write_config(config, folder.path / CONFIG)
     manifest.write(folder.path)
-    small = [path for path in folder.path.iterdir() if path.name not in {*checksums, JOURNAL}]
-    write_checksums(folder.path, {**checksums, **{path.name: checksum(path) for path in small}})
+    (folder.path / CHECKSUMS).unlink(missing_ok=True)  # of a conversion that was killed after it
+    write_checksums(folder.path, folder.checksums(checksums))
 
 
 def _files(state: dict[str, ShardedBase], model: StoredModel) -> Iterator[list[_Item]]:
-    """The items of each file: objects first, then the tensors in the order in which they are best read."""
+    """The items of each file: objects first, then the tensors in the model's order, so that equal models make equal
+    files wherever they come from."""
     items, num_bytes = [_object(place) for place in state.values() if isinstance(place, ShardedObject)], 0
-    for name, one in model.weights.items():
+    for name, one in ((name, model.weights[name]) for name in state if name in model.weights):
         if num_bytes and num_bytes + one.num_bytes > FILE_BYTES:
             yield items
             items, num_bytes = [], 0

@@ -25,7 +25,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from megaspeech.checkpoint.checksums import CHUNK, Checksum
+from megaspeech.checkpoint.checksums import CHUNK, Checksum, checksum
 
 UNFINISHED, JOURNAL = ".part", "conversion.journal"
 MARK_EVERY = 1 << 30
@@ -109,6 +109,12 @@ class Aside:
         portion.ends += ends
         portion.xxh3_128 = found
 
+    def checksums(self, known: Mapping[str, Checksum]) -> dict[str, Checksum]:
+        """Of all files, by their names within the folder; those that are known are not read."""
+        files = {file.relative_to(self.path).as_posix(): file for file in self.path.rglob("*") if file.is_file()}
+        del files[JOURNAL]
+        return {name: known[name] if name in known else checksum(file) for name, file in sorted(files.items())}
+
     def finish(self, destination: Path) -> None:
         """All is there: DST.part becomes DST."""
         for path in [*self.path.rglob("*"), self.path]:
@@ -116,6 +122,12 @@ class Aside:
         (self.path / JOURNAL).unlink()
         self.path.rename(destination)
         _sync(destination.parent)
+
+
+def refuse_existing(destination: Path) -> None:
+    """Raises ValueError where DST is there."""
+    if destination.exists():
+        raise ValueError(f"{destination} is there already; name another folder, or remove it first")
 
 
 @contextmanager
@@ -133,8 +145,7 @@ def aside(destination: Path, *, request: Mapping[str, Any], num_bytes: int) -> I
     Raises:
         ValueError: DST is there; another conversion's DST.part is there or being written; the disk is too small.
     """
-    if destination.exists():
-        raise ValueError(f"{destination} is there already; name another folder, or remove it first")
+    refuse_existing(destination)
     path = destination.with_name(destination.name + UNFINISHED)
     _check_room(path, num_bytes=num_bytes)
     request = json.loads(json.dumps(request))
