@@ -107,8 +107,8 @@ def _cut(place: ShardedBase, parameter: DTensor) -> ShardedBase:
 
 def shard_axis(parameter: torch.Tensor, num_ranks: int) -> int:
     """The axis along which a parameter is cut into `num_ranks` equal parts: the last that is not cut by tensor
-    parallelism, so that a shard is a rectangle of the whole tensor and checkpoints can say where it lies. A bias has but
-    one axis: what tensor parallelism leaves of it is cut once more.
+    parallelism, so that a shard is a rectangle of the whole tensor and checkpoints can say where it lies. A bias
+    has one axis alone: what tensor parallelism leaves of it is cut once more.
 
     Raises:
         ValueError: none can be cut so.
