@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megaspeech.config import Config, config_of
+from megaspeech.config import Config, changed, config_of
 
 CONFIG_FILE = "config.json"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -160,27 +160,18 @@ def config_of_text_model(text: TextModel, *, config: Config | None, recipe: str)
     """
     source = str(text.path / CONFIG_FILE)
     if config is None:
-        tables: dict[str, Any] = {"model": {"preset": PRESET}, "temporal": text.shape, "codec": {"name": CODEC}}
-        tables["precision"] = {"recipe": recipe}
+        config = config_of({"model": {"preset": PRESET}, "codec": {"name": CODEC}}, source=source)
+        config = changed(config, {"temporal": text.shape}, source=source)
     else:
         _check_agreement(text, config=config)
-        tables = config.model_dump(mode="json")
-        if config.precision.params_dtype != recipe:
-            tables["precision"] = {"recipe": recipe}
-    tables["model"]["layernorm_epsilon"] = text.layernorm_epsilon
-    streams = tables.setdefault("streams", {})
-    if streams.get("text_cardinality") != text.vocabulary_size:
+    tables: dict[str, dict[str, Any]] = {"model": {"layernorm_epsilon": text.layernorm_epsilon}}
+    if config.precision.params_dtype != recipe:
+        tables["precision"] = {"recipe": recipe}
+    if config.streams.text_cardinality != text.vocabulary_size:
         pad, end_pad = text.pad_ids
-        streams |= {"text_cardinality": text.vocabulary_size, "text_pad_id": pad, "text_end_pad_id": end_pad}
-    return config_of(_without_none(tables), source=source)
-
-
-def _without_none(tables: dict[str, Any]) -> dict[str, Any]:
-    """TOML has no None: a key that is not there."""
-    return {
-        name: {key: value for key, value in table.items() if value is not None} if isinstance(table, dict) else table
-        for name, table in tables.items()
-    }
+        named = {"text_cardinality": text.vocabulary_size, "text_pad_id": pad, "text_end_pad_id": end_pad}
+        tables["streams"] = named
+    return changed(config, tables, source=source)
 
 
 def _check_agreement(text: TextModel, *, config: Config) -> None:
