@@ -109,12 +109,7 @@ def open_native(path: str | Path) -> StoredModel:
     reader.set_up_storage_reader(index, is_coordinator=True)
     weights = {}
     for name, (place, shape) in places(config).items():
-        stored = [
-            index.state_dict_metadata.get(piece.key) for piece in pieces(place, torch.empty(shape, device="meta"))
-        ]
-        if not all(isinstance(one, TensorStorageMetadata) for one in stored):
-            raise ValueError(f"checkpoint {path}: tensor {name} is missing; was {CONFIG} changed?")
-        dtype = stored[0].properties.dtype
+        dtype = _dtype(index, pieces(place, torch.empty(shape, device="meta")), name=name, path=path)
         weights[name] = Deferred(shape, dtype, _Reading(reader, index, place=place, shape=shape, dtype=dtype))
     tokenizer, codec = Path(config.data.tokenizer), Path(config.codec.path)
     companions = Companions(
@@ -122,6 +117,20 @@ def open_native(path: str | Path) -> StoredModel:
         codec=codec if config.codec.path and codec.exists() else None,
     )
     return StoredModel(config, weights, companions)
+
+
+def _dtype(index: Metadata, wanted: list[ShardedTensor], *, name: str, path: Path) -> torch.dtype:
+    """Of a tensor whose pieces an index knows; others are refused."""
+    for piece in wanted:
+        stored = index.state_dict_metadata.get(piece.key)
+        if not isinstance(stored, TensorStorageMetadata):
+            raise ValueError(f"checkpoint {path}: tensor {name} is missing; was {CONFIG} changed?")
+        if tuple(stored.size) != tuple(piece.global_shape):
+            raise ValueError(
+                f"checkpoint {path}: tensor {name} is kept in {list(stored.size)}, and {CONFIG} makes that "
+                f"{list(piece.global_shape)} by {_shaped_by(name)}; put back the config that was written with it"
+            )
+    return stored.properties.dtype
 
 
 def places(config: Config) -> dict[str, tuple[ShardedBase, tuple[int, ...]]]:

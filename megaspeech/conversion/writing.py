@@ -166,9 +166,10 @@ def aside(destination: Path, *, request: Mapping[str, Any], num_bytes: int) -> I
 
 def check_finite(tensor: Tensor, *, name: str) -> None:
     """Raises ValueError where a tensor holds a number that is not finite."""
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() or tensor.numel() == 0:
         return
     for portion in tensor.reshape(-1).split(PORTION):
+        portion = portion.float() if portion.dtype.itemsize == 1 else portion  # torch knows no extremes of FP8
         if not torch.isfinite(torch.stack(torch.aminmax(portion))).all():
             number = portion[~torch.isfinite(portion)][0]
             raise ValueError(f"tensor {name} holds {number}; no model computes with it: mend it, or take another file")
