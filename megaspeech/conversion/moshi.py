@@ -31,6 +31,7 @@ from megaspeech.conversion.moshi_config import (
 from megaspeech.conversion.moshi_lora import folded
 from megaspeech.conversion.moshi_names import copied, split
 from megaspeech.conversion.moshi_refusals import TENSORS_OF, held_values
+from megaspeech.conversion.native import native_shapes
 from megaspeech.conversion.rules import Layout, Rule, to_foreign, to_native
 from megaspeech.conversion.safetensors_files import INDEX, open_safetensors
 from megaspeech.conversion.stored import Companions, ForeignFiles, StoredModel
@@ -168,8 +169,8 @@ def open_moshi(path: str | Path, *, drop: Sequence[str] = (), lora: Path | None 
         config = _config(folder, values, dtype=weights["text_emb.weight"].dtype)
         half_split = values.get("positional_embedding") == "rope_concat"
         table = rules(config, packed=False, half_split=half_split)
+        _check_tensors(weights, table, config=config)
         native = to_native(weights, table)
-        _check_all_used(weights, table)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     return StoredModel(config, native, _companions(folder, values), (*notes, *more, *folding, *casting))
@@ -256,12 +257,19 @@ def _in_one_precision(weights: Weights, notes: list[str]) -> tuple[dict[str, Def
     return {name: one.to(held) for name, one in weights.items()}, notes
 
 
-def _check_all_used(weights: Weights, table: list[Rule]) -> None:
-    used = {name for rule in table for name in rule.foreign}
-    if odd := [name for name in weights if name not in used]:
-        raise ValueError(
-            f"tensor {odd[0]} ({len(odd)} such) is none that {CONFIG_FILE} speaks of; are both of one model?"
-        )
+def _check_tensors(weights: Weights, table: list[Rule], *, config: Config) -> None:
+    """Raises ValueError where names or shapes are not those that the config gives the model."""
+    native = {name: Deferred(shape, dtype, torch.empty) for name, (shape, dtype) in native_shapes(config).items()}
+    wanted = to_foreign(native, table)
+    remedy = f"is {CONFIG_FILE} of this very model?"
+    for name, one in wanted.items():
+        if name not in weights:
+            raise ValueError(f"tensor {name} {list(one.shape)} is missing; {remedy}")
+        if weights[name].shape != one.shape:
+            shapes = f"{list(weights[name].shape)}, and {CONFIG_FILE} makes it {list(one.shape)}"
+            raise ValueError(f"tensor {name} is {shapes}; {remedy}")
+    if odd := [name for name in weights if name not in wanted]:
+        raise ValueError(f"tensor {odd[0]} ({len(odd)} such) is none that {CONFIG_FILE} speaks of; {remedy}")
 
 
 def _config(folder: Path, values: Values, *, dtype: torch.dtype) -> Config:

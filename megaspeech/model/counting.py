@@ -48,16 +48,15 @@ def count_flops(config: Config, *, num_frames: int) -> dict[str, int]:
     codebooks = streams.num_codebooks
     attended = temporal.num_attention_heads * temporal.head_width
     temporal_matrices = _attention(temporal) + _feed_forward(temporal)[0]
-    depth_matrices = (
-        temporal.hidden_size * depth.hidden_size
-        + depth.num_layers * (_attention(depth) + _swiglu(depth))
-        + depth.hidden_size * (streams.cardinality + (depth.low_rank_embeddings or 0))
+    depth_matrices = depth.num_layers * (_attention(depth) + _swiglu(depth)) + depth.hidden_size * (
+        streams.cardinality + (depth.low_rank_embeddings or 0)
     )
+    projections = (codebooks if depth.multi_linear else min(1, codebooks)) * temporal.hidden_size * depth.hidden_size
     depth_scores = depth.num_layers * 2 * depth.hidden_size * (codebooks + 1) / 2
     return {
         "temporal": int(2 * temporal.num_layers * (temporal_matrices + 2 * attended * seen)),
         "text_head": 2 * streams.text_cardinality * temporal.hidden_size,
-        "depth": int(2 * codebooks * (depth_matrices + depth_scores)),
+        "depth": int(2 * (projections + codebooks * (depth_matrices + depth_scores))),
     }
 
 

@@ -16,7 +16,15 @@ from megaspeech.model.speech_text_model import SpeechTextModel
 
 GROUPED = ["depth.num_query_groups=2", "depth.ffn_hidden_size=70", "streams.num_codebooks=3"]
 GROUPED += ["streams.delays=[0, 0, 1, 1, 0, 1, 1, 1]", "streams.text_cardinality=60"]
-SHAPES = {"tiny": ("tiny", []), "digits": ("digits", []), "all different": ("tiny", GROUPED)}
+SHARED = ["depth.weights_per_step_schedule=[0, 1, 2, 2]", "depth.multi_linear=false", "depth.low_rank_embeddings=8"]
+SHAPES = {
+    "tiny": ("tiny", []),
+    "digits": ("digits", []),
+    "all different": ("tiny", GROUPED),
+    "shared depth weights": ("tiny", SHARED),
+    "a set for several": ("tiny", SHARED[:1]),
+    "text alone": ("tiny", ["streams.num_codebooks=0", "streams.delays=[0, 0, 1, 1, 1]"]),
+}
 EXPERTS = {"experts": ("tiny-moe", ["temporal.num_moe_experts=3"])}
 ATTENTION = {  # as of text models
     "biases": ("tiny", ["temporal.add_qkv_bias=true"]),
@@ -57,7 +65,7 @@ def test_parameters_equal_those_of_the_model(name: str, tmp_path: Path) -> None:
     config = make_config(tmp_path, *overrides, preset=preset)
     model = SpeechTextModel(config, pre_process=True, post_process=True)
     built = {
-        part: sum(parameter.numel() for parameter in module.parameters())
+        part: sum(parameter.numel() for parameter in module.parameters()) if module else 0
         for part, module in (
             ("embedding", model.embedding),
             ("temporal", model.temporal),
@@ -69,7 +77,7 @@ def test_parameters_equal_those_of_the_model(name: str, tmp_path: Path) -> None:
     read = streams.cardinalities[: streams.num_codebooks]
     for part, cardinalities, width in (
         ("embedding", streams.cardinalities, config.temporal.hidden_size),
-        ("depth", read, config.depth.hidden_size),
+        ("depth", read, config.depth.low_rank_embeddings or config.depth.hidden_size),
     ):
         built[part] -= (padded_rows(cardinalities) - sum(cardinalities) - len(cardinalities)) * width
     assert count_parameters(config) == built
@@ -89,7 +97,7 @@ def test_parameters_equal_those_of_the_runtime(name: str, tmp_path: Path) -> Non
     runtime = load_runtime(write_moshi(model.state_dict(), tmp_path / "export", config=config))
     parts = {"emb": "embedding", "text_emb": "embedding", "transformer": "temporal", "out_norm": "temporal"}
     parts["text_linear"] = "text_head"
-    counted: dict[str, int] = {}
+    counted = {"depth": 0}
     for key, parameter in runtime.named_parameters():
         part = parts.get(key.split(".")[0], "depth")
         counted[part] = counted.get(part, 0) + parameter.numel()
