@@ -9,12 +9,22 @@ from pathlib import Path
 
 from megaspeech.checkpoint.origin import StreamManifest
 from megaspeech.codecs.registry import load_codec
+from megaspeech.config import Config
 from megaspeech.conversion.moshi import TOKENIZER_FILE
 from megaspeech.conversion.stored import Companions, StoredModel
 from megaspeech.data.tokenizer import Tokenizer
 
 CODEC = "codec"
 """Where the folder of a codec goes; a codec in one file keeps its name."""
+
+
+def named(config: Config) -> Companions:
+    """The files that a run's config names, as far as they are here."""
+    tokenizer, codec = Path(config.data.tokenizer), Path(config.codec.path)
+    return Companions(
+        tokenizer=tokenizer if tokenizer.is_file() else None,
+        codec=codec if config.codec.path and codec.exists() else None,
+    )
 
 
 def with_companions(model: StoredModel, *, tokenizer: Path | None, codec: Path | None) -> StoredModel:

@@ -93,7 +93,7 @@ def convert(conversion: Conversion, *, progress: Progress = lambda _: None, tota
         OSError: of the disk.
     """
     started = time.perf_counter()
-    source_format, target = _formats(conversion)
+    source_format = _source_format(conversion)
     refuse_existing(conversion.destination)
     given = {name: getattr(conversion, name) for name in source_format.options}
     opened = function(source_format.opens)(conversion.source, **given)
@@ -138,15 +138,20 @@ def in_precision(model: StoredModel, dtype: str | None) -> StoredModel:
     return replace(model, config=config, weights=weights)
 
 
-def _formats(conversion: Conversion) -> tuple[Format, Format]:
-    """Of source and target; options that the reader has no use for are refused."""
+def _source_format(conversion: Conversion) -> Format:
+    """The source's; options that the two formats have no use for are refused."""
     source = FORMATS[conversion.source_format]
     for name, default in OF_A_READER.items():
         if getattr(conversion, name) != default and name not in source.options:
             takers = ", ".join(other for other, form in FORMATS.items() if name in form.options)
             raise ValueError(f"--{name}: is for --from {takers}, not for --from {conversion.source_format}")
     assert conversion.target_format in TARGETS, conversion.target_format
-    return source, FORMATS[conversion.target_format]
+    target = FORMATS[conversion.target_format]
+    if conversion.max_shard_bytes is not None and not target.takes_shards:
+        raise ValueError(f"--max-shard-size: what reads --to {conversion.target_format} wants one file; leave it out")
+    if conversion.dtype == "fp16" and conversion.target_format == NATIVE:
+        raise ValueError("--dtype fp16: no run keeps parameters in FP16; take bf16 or fp32")
+    return source
 
 
 def _request(conversion: Conversion) -> dict[str, Any]:
@@ -187,7 +192,7 @@ class _Foreign:
         form = FORMATS[conversion.target_format]
         self.files = function(form.files)(model)
         self.beside = companions.placed(model) if form.takes_companions else {}
-        self.notes = companions.missing(model) if form.takes_companions else []
+        self.notes = [*self.files.notes, *(companions.missing(model) if form.takes_companions else [])]
         self.num_tensors = len(self.files.weights)
         self.num_bytes = sum(one.num_bytes for one in self.files.weights.values())
         self.num_bytes_beside = companions.num_bytes(self.beside)
@@ -208,8 +213,8 @@ def _verify(
     """Both sides with the native model between them; (what agrees, what was not compared and why)."""
     lack = verify.lack_of_memory(model)
     sides = [(opened, conversion.source, conversion.source_format), (model, path, conversion.target_format)]
-    if conversion.lora is not None:
-        del sides[0]  # what is folded in is not in the source
+    if conversion.lora is not None or conversion.drop:
+        del sides[0]  # the source has not what is folded in, and has what is left out
     agreements, is_compared = [], False
     for side, files, name in sides:
         if FORMATS[name].difference and lack is None:

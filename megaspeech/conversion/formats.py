@@ -21,6 +21,7 @@ class Format:
         difference: `(native model, path, config) -> float`, the largest difference of logits from those of the
             format's own runtime, both in FP32; empty for our own.
         takes_companions: whether tokenizer and codec lie beside the weights as files of their own.
+        takes_shards: whether its runtime reads weights in several files.
     """
 
     opens: str
@@ -28,6 +29,7 @@ class Format:
     files: str = ""
     difference: str = ""
     takes_companions: bool = False
+    takes_shards: bool = False
 
 
 FORMATS = {
@@ -38,6 +40,11 @@ FORMATS = {
         files="moshi:moshi_files",
         difference="verify:moshi_difference",
         takes_companions=True,
+    ),
+    "transformers": Format(
+        opens="transformers_folders:open_transformers",
+        files="transformers_folders:transformers_files",
+        takes_shards=True,
     ),
 }
 NATIVE = "native"
