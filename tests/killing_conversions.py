@@ -1,7 +1,7 @@
 """`python tests/killing_conversions.py SRC DST FROM TO MOMENT...`: converts in processes that kill themselves.
 
 Each is forked of this one, which has imported everything and started no thread, and converts in small portions until
-the MOMENT-th of the calls in `MOMENTS`; 0 is never, `all` every second one that there is. Where DST comes to be, its
+the MOMENT-th of the calls in `MOMENTS`; 0 is never, `all` every seventh that there is and the last ones. Where DST comes to be, its
 content is hashed and it is removed. Prints a list of JSON: [moment, whether killed, hash or null].
 """
 
@@ -91,7 +91,7 @@ def main(arguments: list[str]) -> None:
     if moments == ["all"]:
         num_moments = killed_at(0, conversion)
         found.append((0, False, _taken(conversion.destination)))
-        moments = [str(moment) for moment in range(1, num_moments + 1, 2)]
+        moments = [*map(str, [*range(1, num_moments, 7), *range(num_moments - 3, num_moments + 1)])]
     for moment in map(int, moments):
         found.append((moment, not killed_at(moment, conversion), _taken(conversion.destination)))
     print(json.dumps(found))

@@ -102,6 +102,7 @@ def convert(conversion: Conversion, *, progress: Progress = lambda _: None, tota
     total(writer.num_bytes)
     request = _request(conversion)
     with aside(conversion.destination, request=request, num_bytes=writer.num_bytes + writer.num_bytes_beside) as folder:
+        (folder.path / REPORT).unlink(missing_ok=True)  # of a process that was killed after it
         files = writer.write(folder, progress=progress)
         forget()
         folder.keep = True

@@ -22,7 +22,7 @@ from small_corpus import make_codec, make_tokenizer
 from test_tools import ROOT, run_tool
 
 from megaspeech.checkpoint.checksums import find_damage
-from megaspeech.conversion import native_writing, safetensors_files, verify, writing
+from megaspeech.conversion import safetensors_files, verify, writing
 from megaspeech.conversion.convert import Conversion, convert
 from megaspeech.data.tokenizer import train_tokenizer
 
@@ -109,7 +109,7 @@ def test_killed_at_any_moment(source_format: str, target_format: str, home: Path
     """Killed at one moment after the other, gone on with until it ends by itself: the same bytes as without."""
     source = home / "step_00000000" if source_format == "native" else moshi
     (_, _, expected), *found = killed(source, tmp_path / "out", source_format, target_format, "all")
-    assert sum(was_killed for _, was_killed, _ in found) > 20
+    assert sum(was_killed for _, was_killed, _ in found) > 10
     results = [result for _, _, result in found if result is not None]
     assert len(results) > 1 and set(results) == {expected}
 
