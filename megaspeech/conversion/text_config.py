@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megaspeech.codecs.neural import import_transformers
 from megaspeech.config import Config, changed, config_of
+from megaspeech.config.schema import TemporalSection
 
 CONFIG_FILE = "config.json"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -110,12 +112,9 @@ def _transformers_config(path: Path) -> Any:
         raise ValueError(f"{path / CONFIG_FILE} cannot be read ({error}); give the folder of a text model") from error
     if family not in FAMILIES:
         raise ValueError(f"{path / CONFIG_FILE}: model_type {family!r} is none of {', '.join(FAMILIES)}")
+    loader = import_transformers().AutoConfig
     try:
-        from transformers import AutoConfig
-    except ImportError as error:
-        raise ImportError("text models are read with transformers; pip install megaspeech[codecs]") from error
-    try:
-        return AutoConfig.from_pretrained(path, local_files_only=True)
+        return loader.from_pretrained(path, local_files_only=True)
     except Exception as error:  # what it raises for a value that is wrong is no ValueError
         raise ValueError(f"{path / CONFIG_FILE}: {' '.join(str(error).split())}") from error
 
@@ -143,6 +142,15 @@ def _window(values: Any) -> int | None:
     """The sliding window of all layers; None where there is none."""
     kinds = set(getattr(values, "layer_types", None) or ["sliding_attention"])
     return getattr(values, "sliding_window", None) if kinds == {"sliding_attention"} else None
+
+
+def unlike_moshis(shape: TemporalSection) -> Iterator[str]:
+    """What a temporal transformer has from its text model and Moshi's has not, a line each."""
+    if shape.head_width * shape.num_attention_heads != shape.hidden_size:
+        yield f"temporal.kv_channels: {shape.kv_channels}, but Moshi's heads share hidden_size = {shape.hidden_size}"
+    for key, what in (("add_qkv_bias", "no biases"), ("qk_layernorm", "no norms of queries and keys")):
+        if getattr(shape, key):
+            yield f"temporal.{key}: true, but Moshi has {what}"
 
 
 def config_of_text_model(text: TextModel, *, config: Config | None, recipe: str) -> Config:

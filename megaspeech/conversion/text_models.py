@@ -18,6 +18,7 @@ text holds anything (zero tokens).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,18 +26,18 @@ from torch import Tensor
 
 from megaspeech.config import Config
 from megaspeech.config.schema import StreamsSection, TemporalSection
+from megaspeech.conversion.companions import named
 from megaspeech.conversion.deferred import Deferred, Weights
 from megaspeech.conversion.layouts import Cut, GroupedQueries, Same, halves_of_pairs, pairs_of_halves
 from megaspeech.conversion.new_weights import generator, new_depth
 from megaspeech.conversion.rules import Layout, Rule, to_native
 from megaspeech.conversion.safetensors_files import open_safetensors
-from megaspeech.conversion.stored import Companions, StoredModel
+from megaspeech.conversion.stored import TOKENIZER_FILE, StoredModel
 from megaspeech.conversion.text_config import DROPPABLE, TextModel, config_of_text_model, read_text_model
 from megaspeech.model.embedding import padded_rows, table_offsets
 from megaspeech.model.speech_text_model import ZERO_TOKEN, SpeechTextModel
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-TOKENIZER = "tokenizer.model"
 
 
 def open_text_model(
@@ -65,11 +66,8 @@ def open_text_model(
     _check_names(theirs, text=text, rules=table)
     weights = {"embedding.weight": _embedding(theirs, text=text, streams=config.streams, seed=seed)}
     weights |= to_native(theirs, table) | new_depth(config, seed=seed, dtype=dtype)
-    tokenizer, codec = path / TOKENIZER, Path(config.codec.path)
-    companions = Companions(
-        tokenizer=tokenizer if tokenizer.is_file() else None,
-        codec=codec if config.codec.path and codec.exists() else None,
-    )
+    tokenizer = path / TOKENIZER_FILE
+    companions = replace(named(config), tokenizer=tokenizer if tokenizer.is_file() else None)
     return StoredModel(config, weights, companions, _notes(text, config=config, stored=stored))
 
 

@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 transformers = pytest.importorskip("transformers")
 
 from megaspeech.config import Config  # noqa: E402
+from megaspeech.conversion.moshi_config import moshi_config  # noqa: E402
 from megaspeech.conversion.native import check_native, load_weights, whole_model  # noqa: E402
 from megaspeech.conversion.new_weights import new_depth  # noqa: E402
 from megaspeech.conversion.stored import StoredModel  # noqa: E402
 from megaspeech.conversion.text_models import open_text_model, text_difference  # noqa: E402
+from megaspeech.conversion.transformers_layers import unknown_layers  # noqa: E402
 from megaspeech.model.embedding import table_offsets, used_rows  # noqa: E402
 from megaspeech.model.speech_text_model import SpeechTextModel  # noqa: E402
 
@@ -220,6 +222,16 @@ def test_what_cannot_be_held_is_refused_by_name(
     with pytest.raises(ValueError) as error:
         open_text_model(tmp_path)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["add_qkv_bias=true", "qk_layernorm=true", "kv_channels=24"])
+def test_what_moshi_has_not_is_not_exported(key: str, tmp_path: Path) -> None:
+    config = make_config(tmp_path, f"temporal.{key}")
+    words = f"temporal.{key.partition('=')[0]}: {key.partition('=')[2]}, but Moshi"
+    with pytest.raises(ValueError, match=words):
+        moshi_config(config)
+    assert [fault.startswith(words) for fault in unknown_layers(config)] == [True]  # of transformers' Moshi and STT
+    assert not [*unknown_layers(make_config(tmp_path, "temporal.kv_channels=16"))]  # hidden_size / heads, as ever
 
 
 def test_what_may_be_left_out_is_noted(tmp_path: Path) -> None:
