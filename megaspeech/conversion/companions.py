@@ -93,7 +93,7 @@ def manifest(model: StoredModel) -> StreamManifest:
     config, found = model.config, model.companions
     codec = None
     if found.codec is not None:
-        codec = load_codec(found.codec, name=config.codec.name, num_codebooks=config.streams.num_codebooks)
+        codec = load_codec(found.codec, name=config.codec.name, num_codebooks=config.streams.num_codec_codebooks)
     return StreamManifest.of_streams(
         config,
         codec=codec and codec.name,
