@@ -39,6 +39,7 @@ class Conversion:
         tokenizer, codec: to go with the model, where the source does not know them, or instead.
         drop: what the reader may leave out, by name.
         lora: low-rank changes to fold in.
+        int8: matrices in eight bits.
         max_shard_bytes: of a safetensors file; None writes one.
         verify: compare both sides.
     """
@@ -52,6 +53,7 @@ class Conversion:
     codec: Path | None = None
     drop: tuple[str, ...] = ()
     lora: Path | None = None
+    int8: bool = False
     max_shard_bytes: int | None = None
     verify: bool = True
 
@@ -191,7 +193,8 @@ class _Foreign:
     def __init__(self, model: StoredModel, conversion: Conversion) -> None:
         self.conversion = conversion
         form = FORMATS[conversion.target_format]
-        self.files = function(form.files)(model)
+        given = {name: getattr(conversion, name) for name in form.writer_options}
+        self.files = function(form.files)(model, **given)
         self.beside = companions.placed(model) if form.takes_companions else {}
         self.notes = [*self.files.notes, *(companions.missing(model) if form.takes_companions else [])]
         self.num_tensors = len(self.files.weights)

@@ -21,7 +21,6 @@ from megaspeech.conversion.layouts import Chain, GroupedQueries, Joined, Same, S
 from megaspeech.conversion.moshi_config import (
     CONFIG_FILE,
     LEGACY,
-    TOKENIZER_FILE,
     WEIGHTS_FILE,
     Values,
     moshi_config,
@@ -36,7 +35,7 @@ from megaspeech.conversion.moshi_refusals import TENSORS_OF, held_values
 from megaspeech.conversion.native import native_shapes
 from megaspeech.conversion.rules import Layout, Rule, to_foreign, to_native
 from megaspeech.conversion.safetensors_files import INDEX, open_safetensors
-from megaspeech.conversion.stored import Companions, ForeignFiles, StoredModel
+from megaspeech.conversion.stored import TOKENIZER_FILE, Companions, ForeignFiles, StoredModel
 
 RUN_FILE = "megaspeech.toml"
 MIMI_FRAME_RATE = 12.5

@@ -12,10 +12,11 @@ from typing import Any
 
 from megaspeech.config import Config
 from megaspeech.config.schema import TransformerSection
+from megaspeech.conversion.text_config import unlike_moshis
 
 Values = Mapping[str, Any]
 
-WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE = "model.safetensors", "config.json", "tokenizer.model"
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 CONTEXT = 3000
 """Frames that are seen where a config.json does not say, which streaming needs: Moshi's, four minutes."""
 
@@ -145,6 +146,7 @@ def _depformer(config: Config) -> dict[str, Any]:
 def _unknown_to_the_runtime(config: Config) -> Iterator[str]:
     if config.temporal.num_moe_experts is not None:
         yield f"temporal.num_moe_experts: {config.temporal.num_moe_experts}, but moshi has no mixtures of experts"
+    yield from unlike_moshis(config.temporal)
     epsilon, known = config.model.layernorm_epsilon, sorted(EPSILON_OF_NORM.values())
     if epsilon not in known:
         yield f"model.layernorm_epsilon: {epsilon}, but moshi's norms have {' or '.join(map(str, known))}"
