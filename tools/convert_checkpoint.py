@@ -94,8 +94,9 @@ def _show(report: Report, *, destination: Path) -> None:
         table.add_row(name, f"{found.num_bytes:,}", found.xxh3_128)
     console.print(table)
     console.print(
-        f"{report.num_tensors:,} tensors, {report.num_bytes:,} bytes in {report.seconds:,.1f} s "
-        f"({report.gigabytes_per_second:.2f} GB/s), at most {report.peak_memory_bytes / 2**30:.2f} GiB of memory"
+        f"{report.num_tensors:,} tensors, {report.num_bytes:,} bytes in {report.seconds_of_converting:,.1f} s "
+        f"({report.gigabytes_per_second:.2f} GB/s), verified in {report.seconds_of_verifying:,.1f} s; "
+        f"at most {report.peak_memory_bytes / 2**30:.2f} GiB of memory"
     )
     for line in (*report.notes, *report.agreements):
         console.print(str(line), markup=False, highlight=False)

@@ -47,8 +47,10 @@ FORMATS = {
     "transformers": Format(
         opens="transformers_folders:open_transformers",
         files="transformers_folders:transformers_files",
+        difference="transformers_verify:transformers_difference",
         takes_shards=True,
     ),
+    "random": Format(opens="random_model:open_random"),
 }
 NATIVE = "native"
 TARGETS = tuple(name for name, form in FORMATS.items() if form.files or name == NATIVE)
