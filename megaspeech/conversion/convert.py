@@ -234,7 +234,7 @@ def _verify(
         if FORMATS[name].difference and lack is None:
             difference = function(FORMATS[name].difference)
             agreements.append(verify.logits_agree(side, files, runtime=name, difference=difference))
-            is_compared = name == conversion.target_format
+            is_compared = files is path
     if not is_compared:
         written = function(FORMATS[conversion.target_format].opens)(path)
         agree = verify.rounded_tensors_agree if conversion.int8 else verify.tensors_agree
