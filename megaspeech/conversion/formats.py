@@ -50,6 +50,9 @@ FORMATS = {
         difference="transformers_verify:transformers_difference",
         takes_shards=True,
     ),
+    "llama": Format(
+        opens="text_models:open_text_model", options=("config", "drop"), difference="text_models:text_difference"
+    ),
     "random": Format(opens="random_model:open_random"),
 }
 NATIVE = "native"
