@@ -53,7 +53,35 @@ def read_config(path: str | Path, overrides: Iterable[str] = (), *, world_size: 
 
 def write_config(config: Config, path: str | Path) -> None:
     """Write the resolved config as TOML; `read_config` of the file gives an equal one."""
-    Path(path).write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
+    Path(path).write_text(as_toml(config), encoding="utf-8")
+
+
+def as_toml(config: Config) -> str:
+    """The resolved config as TOML."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def config_of(tables: dict[str, Any], *, source: str) -> Config:
+    """The checked config of tables as a TOML file holds them; `source` is named where they have faults.
+
+    Raises:
+        ConfigError: every fault found.
+    """
+    return _build(tables, source=source, faults=[], world_size=None)
+
+
+def changed(config: Config, tables: dict[str, dict[str, Any]], *, source: str) -> Config:
+    """The checked config with other values for some keys of some sections; None for a key that is left out.
+
+    Raises:
+        ConfigError: every fault found.
+    """
+    values = config.model_dump(mode="json")
+    for name, table in tables.items():
+        values[name] |= table
+    for name in SECTIONS:
+        values[name] = {key: value for key, value in values[name].items() if value is not None}
+    return config_of(values, source=source)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

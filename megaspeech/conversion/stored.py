@@ -12,6 +12,9 @@ from pathlib import Path
 from megaspeech.config import Config
 from megaspeech.conversion.deferred import Weights
 
+TOKENIZER_FILE = "tokenizer.model"
+"""The name of the sentencepiece model beside a model's weights."""
+
 
 @dataclass(frozen=True)
 class Companions:
@@ -42,4 +45,19 @@ class StoredModel:
     config: Config
     weights: Weights
     companions: Companions = field(default_factory=Companions)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ForeignFiles:
+    """A model in a foreign format, unwritten.
+
+    Attributes:
+        weights: by foreign name, for the safetensors file.
+        small_files: the content of the others by name, such as config.json.
+        notes: a line for each thing that is left out.
+    """
+
+    weights: Weights
+    small_files: dict[str, bytes] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
