@@ -32,7 +32,12 @@ def main(arguments: list[str]) -> int:
 
 def _export(checkpoint: Path, output: Path) -> float:
     """Export aside, check, and rename: a folder OUTPUT holds a model that was checked."""
-    from megaspeech.checkpoint import moshi, state
+    from safetensors.torch import save_file
+
+    from megaspeech.checkpoint import state
+    from megaspeech.conversion.deferred import Deferred
+    from megaspeech.conversion.moshi import WEIGHTS_FILE, moshi_files
+    from megaspeech.conversion.stored import StoredModel
     from megaspeech.parallel import groups
     from megaspeech.streaming.agreement import largest_difference
     from megaspeech.streaming.runtime import load_runtime
@@ -40,7 +45,12 @@ def _export(checkpoint: Path, output: Path) -> float:
     aside = output.with_name(output.name + ".part")
     try:
         model, config = state.load_whole_model(checkpoint)
-        moshi.write_moshi(model.state_dict(), aside, config=config)
+        weights = {name: Deferred.of(parameter.detach()) for name, parameter in model.named_parameters()}
+        files = moshi_files(StoredModel(config, weights))
+        aside.mkdir(parents=True, exist_ok=True)
+        save_file({name: one.read().clone() for name, one in files.weights.items()}, aside / WEIGHTS_FILE)
+        for name, content in files.small_files.items():
+            (aside / name).write_bytes(content)
         difference = largest_difference(model, load_runtime(aside), streams=config.streams)
     finally:
         groups.shut_down()

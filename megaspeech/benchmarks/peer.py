@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megaspeech.checkpoint.moshi import moshi_config
 from megaspeech.config import Config
+from megaspeech.conversion.moshi_config import moshi_config
 from megaspeech.data.batch import Batch
 from megaspeech.model.temporal import DTYPES
 from megaspeech.streaming.runtime import import_moshi

@@ -1,1 +1,1 @@
-"""What is kept: a run's state, where it is stored, and its forms in other runtimes."""
+"""What is kept: a run's state, and where it is stored."""

@@ -53,7 +53,21 @@ def read_config(path: str | Path, overrides: Iterable[str] = (), *, world_size: 
 
 def write_config(config: Config, path: str | Path) -> None:
     """Write the resolved config as TOML; `read_config` of the file gives an equal one."""
-    Path(path).write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
+    Path(path).write_text(as_toml(config), encoding="utf-8")
+
+
+def as_toml(config: Config) -> str:
+    """The resolved config as TOML."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def config_of(tables: dict[str, Any], *, source: str) -> Config:
+    """The checked config of tables as a TOML file holds them; `source` is named where they have faults.
+
+    Raises:
+        ConfigError: every fault found.
+    """
+    return _build(tables, source=source, faults=[], world_size=None)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

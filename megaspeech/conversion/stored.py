@@ -43,3 +43,16 @@ class StoredModel:
     weights: Weights
     companions: Companions = field(default_factory=Companions)
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ForeignFiles:
+    """A model in a foreign format, unwritten.
+
+    Attributes:
+        weights: by foreign name, for the safetensors file.
+        small_files: the content of the others by name, such as config.json.
+    """
+
+    weights: Weights
+    small_files: dict[str, bytes] = field(default_factory=dict)

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from megaspeech.config import Config
 from megaspeech.kernels import Kernels
-from megaspeech.model.embedding import padded_rows, table_offsets
+from megaspeech.model.embedding import padded_rows, table_offsets, used_rows
 
 
 class CodebookLinear(torch.nn.Module):
@@ -114,6 +114,7 @@ class DepthTransformer(MegatronModule):
         read = streams.cardinalities[: streams.num_codebooks]
         self.input = CodebookLinear(streams.num_codebooks, config.temporal.hidden_size, shape.hidden_size, dtype=dtype)
         table = torch.empty(padded_rows(read), shape.hidden_size).normal_(std=shape.hidden_size**-0.5)
+        table[used_rows(read) :] = 0
         self.embedding = torch.nn.Parameter(table.to(dtype))
         self.register_buffer("offsets", torch.tensor(table_offsets(read)), persistent=False)
         self.layers = torch.nn.ModuleList(

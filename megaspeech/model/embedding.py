@@ -30,8 +30,13 @@ def table_offsets(cardinalities: Sequence[int]) -> list[int]:
 
 def padded_rows(cardinalities: Sequence[int]) -> int:
     """Rows of the packed table, padded to one multiple for every layout."""
-    rows = sum(cardinalities) + len(cardinalities)
+    rows = used_rows(cardinalities)
     return rows + -rows % EMBEDDING_ROWS_MULTIPLE
+
+
+def used_rows(cardinalities: Sequence[int]) -> int:
+    """Rows of the packed table without its padding, which is zero and stays so: no gradient ever reaches it."""
+    return sum(cardinalities) + len(cardinalities)
 
 
 class StreamEmbedding(VocabParallelEmbedding):
@@ -47,6 +52,8 @@ class StreamEmbedding(VocabParallelEmbedding):
             padded_rows(streams.cardinalities), megatron.hidden_size, init_method=megatron.init_method, config=megatron
         )
         self.config = megatron
+        with torch.no_grad():
+            self.weight[max(0, used_rows(streams.cardinalities) - self.vocab_start_index) :] = 0
         self.kernel = partial(kernels.stream_embedding.stream_embedding, atomic=atomic_gradient)
         self.register_buffer("delays", torch.tensor(streams.delays), persistent=False)
         self.register_buffer("initial", torch.tensor(streams.cardinalities), persistent=False)

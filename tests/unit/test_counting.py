@@ -71,7 +71,8 @@ def test_parameters_equal_those_of_the_model(name: str, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("name", SHAPES)
 def test_parameters_equal_those_of_the_runtime(name: str, tmp_path: Path) -> None:
-    from megaspeech.checkpoint.moshi import write_moshi
+    from moshi_folders import write_moshi
+
     from megaspeech.streaming.runtime import load_runtime
 
     preset, overrides = SHAPES[name]

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from moshi_folders import moshi_state, write_moshi
 from one_rank import make_config, one_rank  # noqa: F401
 from torch import Tensor
 from torch.nn import functional as F
 
-from megaspeech.checkpoint.moshi import CONFIG_FILE, WEIGHTS_FILE, to_moshi, write_moshi
 from megaspeech.config import Config
+from megaspeech.conversion.moshi import RUN_FILE
+from megaspeech.conversion.moshi_config import CONFIG_FILE, WEIGHTS_FILE
 from megaspeech.model.speech_text_model import SpeechTextModel
 from megaspeech.streaming.agreement import largest_difference
 from megaspeech.streaming.runtime import load_runtime
@@ -105,7 +107,7 @@ def test_export_has_the_released_names_and_no_padding(tmp_path: Path) -> None:
 
     config = make_config(tmp_path)
     write_moshi(build(config).state_dict(), tmp_path / "export", config=config)
-    assert sorted(path.name for path in (tmp_path / "export").iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
+    assert sorted(path.name for path in (tmp_path / "export").iterdir()) == [CONFIG_FILE, RUN_FILE, WEIGHTS_FILE]
     assert "depformer_causal" not in json.loads((tmp_path / "export" / CONFIG_FILE).read_text())
     with safe_open(tmp_path / "export" / WEIGHTS_FILE, framework="pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -120,10 +122,10 @@ def test_export_has_the_released_names_and_no_padding(tmp_path: Path) -> None:
 def test_export_uses_every_weight_once(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     model = build(config)
-    exported = dict(to_moshi(model.state_dict(), config=config))
+    exported = moshi_state(model.state_dict(), config=config)
     ones = {name: torch.ones_like(tensor) for name, tensor in model.state_dict().items() if tensor is not None and
             isinstance(tensor, Tensor)}  # fmt: skip
-    total = sum(int(tensor.sum()) for tensor in dict(to_moshi(ones, config=config)).values())
+    total = sum(int(tensor.sum()) for tensor in moshi_state(ones, config=config).values())
     padding = (model.embedding.weight.shape[0] - (48 + 8 * 32 + 9)) * 64
     padding += (model.depth.embedding.shape[0] - (48 + 3 * 32 + 4)) * 32
     assert total == sum(parameter.numel() for parameter in model.parameters()) - padding

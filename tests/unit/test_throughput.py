@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from moshi_folders import moshi_state
 from torch import Tensor
 
 from megaspeech.benchmarks.aims import AIMS, judge
@@ -21,7 +22,6 @@ from megaspeech.benchmarks.figures import BF16_PRODUCT, FP8_PRODUCT, Row, extrap
 from megaspeech.benchmarks.parts import DEPTH, EMBEDDING, HEADS, OPTIMIZER, OTHER, PARTS, TEMPORAL, TEXT, PartTimes
 from megaspeech.benchmarks.peer import MoshiPeer
 from megaspeech.benchmarks.step import Measured, training
-from megaspeech.checkpoint.moshi import to_moshi
 from megaspeech.config import Config
 from megaspeech.config.presets import PRESETS
 from megaspeech.data.batch import Batch
@@ -106,7 +106,7 @@ def test_the_peer_has_our_loss_and_gradient(trainer: Trainer) -> None:
     (model,), config = trainer.wrapped.models, trainer.config
     batch = as_moshi_weighs(trainer.batches(0)[0], config)
     peer = MoshiPeer(config, device=torch.device("cpu"))
-    peer.model.load_state_dict(dict(to_moshi(model.state_dict(), config=config)))
+    peer.model.load_state_dict(moshi_state(model.state_dict(), config=config))
     losses = model(batch.codes_BST, batch.weights_BPT, batch.depth_frames_BT)
     text, audio = batch.weights_BPT[:, 0].sum(), batch.weights_BPT[:, 1:].sum()
     ours = losses.weighted[0] / text + losses.weighted[1] / audio
