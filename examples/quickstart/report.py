@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +18,14 @@ from tqdm import tqdm
 from megaspeech.codecs.protocol import Codec
 from megaspeech.codecs.registry import load_codec
 from megaspeech.config import Config
+from megaspeech.data.tasks import Task
 from megaspeech.data.tokenizer import Tokenizer
 from megaspeech.model.counting import count_parameters
 from megaspeech.preparation.encoding import encode_recordings
 from megaspeech.preparation.manifests.nemo import read_manifest
 from megaspeech.preparation.reading import recordings_of
-from megaspeech.preparation.utterance import Utterance
-from megaspeech.streaming.evaluation import Evaluated, Evaluator
+from megaspeech.streaming.evaluation import Evaluated, Evaluator, first_of_each_task
+from megaspeech.streaming.folder import ServedFolder
 from megaspeech.streaming.runtime import load_runtime
 from megaspeech.streaming.scoring import Score, result_entries, score, score_by_task
 
@@ -44,13 +44,13 @@ def evaluate(directory: Path, config: Config, *, exported: Path) -> None:
     codec, tokenizer = load_codec(config.codec.path), Tokenizer.load(config.data.tokenizer)
     utterances = read_manifest(directory / "corpus" / "test.jsonl")
     codes, _ = encode_recordings(recordings_of(utterances), codec=codec)
-    evaluator = Evaluator(load_runtime(exported), config=config, codec=codec, tokenizer=tokenizer)
+    evaluator = Evaluator(ServedFolder(load_runtime(exported), config, codec, tokenizer, knows_tasks=True))
     results = evaluator.run(utterances, codes, progress=lambda batches: tqdm(batches, "batches of answers"))
     scores = _written_scores(results)
     judge = DigitJudge()
     scores.update(_spoken_scores(results, codes=codes, codec=codec, judge=judge))
 
-    some = _first_of_each_task(utterances, LATENCY_UTTERANCES)
+    some = first_of_each_task(utterances, LATENCY_UTTERANCES, task_of=lambda one: one.task)
     latency = evaluator.latencies(some, codes, progress=lambda items: tqdm(items, "sessions timed one by one"))
     _write_sound(results, directory / "spoken", sample_rate=codec.sample_rate)
     picture.draw(directory, results, codes=codes, codec=codec, tokenizer=tokenizer, timing=evaluator.timing)
@@ -58,7 +58,8 @@ def evaluate(directory: Path, config: Config, *, exported: Path) -> None:
         "scores": result_entries(scores),
         "latency_ms": {task.replace("-", "_"): value for task, value in latency.items()},
         "examples": [
-            _example(result, sample_rate=codec.sample_rate, judge=judge) for result in _first_of_each_task(results, 2)
+            _example(result, sample_rate=codec.sample_rate, judge=judge)
+            for result in first_of_each_task(results, 2, task_of=_task_of)
         ],
     }
     _write_json(directory / "answers.json", answers)
@@ -152,19 +153,15 @@ def _example(result: Evaluated, *, sample_rate: int, judge: DigitJudge) -> dict[
     return example
 
 
-def _first_of_each_task(items: list, count: int) -> list:
-    """The first `count` utterances, or results, of each task."""
-    groups = defaultdict(list)
-    for item in items:
-        utterance = item if isinstance(item, Utterance) else item.utterance
-        groups[utterance.task.key].append(item)
-    return [item for group in groups.values() for item in group[:count]]
+def _task_of(result: Evaluated) -> Task:
+    return result.utterance.task
 
 
 def _write_sound(results: list[Evaluated], directory: Path, *, sample_rate: int) -> None:
     """The first few spoken answers of each task, named by what they should say."""
     directory.mkdir(exist_ok=True)
-    for result in _first_of_each_task([one for one in results if one.waveform_N is not None], 5):
+    spoken = [result for result in results if result.waveform_N is not None]
+    for result in first_of_each_task(spoken, 5, task_of=_task_of):
         name = f"{result.utterance.task.key}-{'-'.join(result.reference)}.wav"
         soundfile.write(directory / name, np.asarray(result.waveform_N), sample_rate)
 

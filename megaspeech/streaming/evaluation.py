@@ -5,28 +5,26 @@ Error rates come from large batches, latencies from one session at a time, as it
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
 
-from megaspeech.codecs.protocol import Codec
-from megaspeech.config import Config
-from megaspeech.data.tokenizer import Tokenizer
+from megaspeech.data.tasks import Task
 from megaspeech.preparation.compose import compose, timing_of
 from megaspeech.preparation.recording import Recording
 from megaspeech.preparation.utterance import Utterance
+from megaspeech.streaming.folder import ServedFolder
 from megaspeech.streaming.latency import Latency, speech_latency, summarise, text_latency
 from megaspeech.streaming.scoring import answer_words
 from megaspeech.streaming.session import Answer, Request, acoustic_delay, answer
 
-if TYPE_CHECKING:
-    from moshi.models import LMModel
-
+Item = TypeVar("Item")
 Progress = Callable[[Iterable], Iterable]
 BATCH = 60
 PATIENCE_FRAMES = 8
@@ -52,17 +50,15 @@ class Evaluated:
 
 
 class Evaluator:
-    """An exported model with everything that a session needs.
+    """Answers of a converted model, in batches.
 
     Args:
-        lm: see `runtime.load_runtime`.
-        config: of the run that was exported.
-        codec, tokenizer: those of the run.
+        served: see `folder.open_folder`.
     """
 
-    def __init__(self, lm: LMModel, *, config: Config, codec: Codec, tokenizer: Tokenizer) -> None:
-        self.lm, self.config, self.codec, self.tokenizer = lm, config, codec, tokenizer
-        self.timing = timing_of(config)
+    def __init__(self, served: ServedFolder) -> None:
+        self.lm, self.config, self.codec = served.lm, served.config, served.codec
+        self.tokenizer, self.timing = served.tokenizer, timing_of(served.config)
 
     def run(
         self, utterances: Sequence[Utterance], codes: Mapping[Recording, np.ndarray], *, progress: Progress = iter
@@ -83,15 +79,29 @@ class Evaluator:
         return [result for batch in progress(batches) for result in self._run_batch(batch, codes)]
 
     def latencies(
-        self, utterances: Sequence[Utterance], codes: Mapping[Recording, np.ndarray], *, progress: Progress = iter
+        self,
+        utterances: Sequence[Utterance],
+        codes: Mapping[Recording, np.ndarray],
+        *,
+        batch_size: int = 1,
+        progress: Progress = iter,
     ) -> dict[str, dict]:
-        """Response latency by task key: `{"median", "p99", "median_parts"}` in ms, one session at a time."""
-        decode_seconds = self._decode_seconds()
+        """Response latency by task key: `{"median", "p99", "median_parts"}` in ms.
+
+        Args:
+            utterances: each is asked once, or more often where they do not fill a batch.
+            codes: of their recordings.
+            batch_size: sessions that are served together, all from the same moment on.
+            progress: wraps the iteration over batches.
+        """
+        encode_seconds, decode_seconds = self._codec_seconds(batch_size)
         measured: dict[str, list[Latency]] = defaultdict(list)
-        for utterance in progress(utterances):
-            (result,) = self._run_batch([utterance], codes)
-            latency = self._latency(result, decode_seconds=decode_seconds)
-            measured[utterance.task.key].extend([latency] if latency else [])
+        for batch in progress(full_batches(utterances, batch_size=batch_size)):
+            for result in self._run_batch(batch, codes):
+                latency = self._latency(result, decode_seconds=decode_seconds)
+                if latency and result.utterance.task.hears:
+                    latency = replace(latency, compute=latency.compute + 1000 * encode_seconds)
+                measured[result.utterance.task.key].extend([latency] if latency else [])
         return {task: summarise(values) for task, values in measured.items()}
 
     def _run_batch(self, batch: Sequence[Utterance], codes: Mapping[Recording, np.ndarray]) -> Iterator[Evaluated]:
@@ -122,15 +132,18 @@ class Evaluator:
     def _decode(self, codes_QT: np.ndarray) -> np.ndarray:
         return self.codec.decode(torch.from_numpy(codes_QT)[None])[0].clamp(-1, 1).numpy()
 
-    def _decode_seconds(self, *, num_frames: int = 20) -> float:
-        """By how much a decoded frame trails its codes: the streaming decoder's median time and its own delay."""
-        decoder, silence = self.codec.streaming_decoder(), self.codec.silence_codes[None]
-        seconds = []
-        for _ in range(num_frames):
-            started = time.perf_counter()
-            decoder.step(silence)
-            seconds.append(time.perf_counter() - started)
-        return float(np.median(seconds)) + decoder.delay / self.codec.sample_rate
+    def _codec_seconds(self, batch_size: int, *, num_frames: int = 20) -> tuple[float, float]:
+        """Median times of a frame of the streaming encoder and decoder, with the decoder's own delay added to its."""
+        silence_BQ = self.codec.silence_codes.expand(batch_size, -1)
+        sound_BN = torch.zeros(batch_size, self.codec.frame_size)
+        encoder = self.codec.streaming_encoder(batch_size=batch_size)
+        decoder = self.codec.streaming_decoder(batch_size=batch_size)
+        seconds = np.zeros((2, num_frames))
+        for frame in range(num_frames):
+            seconds[0, frame] = _seconds(lambda: encoder.step(sound_BN).cpu())
+            seconds[1, frame] = _seconds(lambda: decoder.step(silence_BQ).cpu())
+        encode, decode = np.median(seconds, axis=1)
+        return float(encode), float(decode) + decoder.delay / self.codec.sample_rate
 
     def _latency(self, result: Evaluated, *, decode_seconds: float) -> Latency | None:
         task = result.utterance.task
@@ -150,3 +163,30 @@ class Evaluator:
             decode_seconds=decode_seconds,
             **shared,
         )
+
+
+def first_of_each_task(items: Iterable[Item], count: int, *, task_of: Callable[[Item], Task]) -> list[Item]:
+    """The first `count` utterances, or what there is of them, of each task."""
+    groups: dict[str, list[Item]] = defaultdict(list)
+    for item in items:
+        groups[task_of(item).key].append(item)
+    return [item for group in groups.values() for item in group[:count]]
+
+
+def full_batches(utterances: Sequence[Utterance], *, batch_size: int) -> list[list[Utterance]]:
+    """Batches of one task each, all of `batch_size`: the first utterances come again where the last batch has room."""
+    by_task: dict[str, list[Utterance]] = defaultdict(list)
+    for utterance in utterances:
+        by_task[utterance.task.key].append(utterance)
+    batches = []
+    for group in by_task.values():
+        around = itertools.cycle(group)
+        num_batches = -(-len(group) // batch_size)
+        batches += [list(itertools.islice(around, batch_size)) for _ in range(num_batches)]
+    return batches
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
