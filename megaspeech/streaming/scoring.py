@@ -1,7 +1,12 @@
-"""Word error rates of answers, by task."""
+"""Word and character error rates of answers, by task.
+
+Both count on `plain` text. A word error rate means something where words are parted by spaces; elsewhere, in Japanese
+or Chinese, the rate of characters does.
+"""
 
 from __future__ import annotations
 
+import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +15,7 @@ import jiwer
 
 from megaspeech.data.tasks import Task
 from megaspeech.data.tokenizer import Tokenizer
+from megaspeech.preparation.manifests.line import UNSPACED
 from megaspeech.streaming.session import Answer
 
 Words = Sequence[str]
@@ -27,6 +33,25 @@ class Score:
     def word_error_rate(self) -> float | None:
         """Errors a reference word, a fraction (above 1 where much is inserted); None without reference words."""
         return self.num_errors / self.num_words if self.num_words else None
+
+
+def plain(text: str) -> str:
+    """Text as recognisers are compared: lower case, without punctuation and symbols, one space between words.
+
+    Apostrophes go without a trace: "Don't!" is "dont".
+    """
+    kept = []
+    for character in text.casefold():
+        if character in "'\u2019":
+            continue
+        kept.append(" " if unicodedata.category(character)[0] in "PSZC" else character)
+    return " ".join("".join(kept).split())
+
+
+def characters(text: str, *, language: str) -> list[str]:
+    """The characters that errors are counted in: of `plain` text, without spaces in languages that part no words."""
+    found = plain(text)
+    return list(found.replace(" ", "") if language.partition("-")[0] in UNSPACED else found)
 
 
 def answer_words(answer: Answer, *, tokenizer: Tokenizer) -> list[str]:
