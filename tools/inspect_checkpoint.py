@@ -111,6 +111,7 @@ def _print_contents(console: Console, contents: Contents, *, name: str) -> None:
 
     manifest, config = contents.manifest, contents.config
     parts = ", ".join(f"{part} {count:,}" for part, count in contents.parameters.items())
+    rate = "unknown" if manifest.frame_rate is None else f"{manifest.frame_rate:g}"
     given = len(manifest.cardinalities) - 1 - manifest.num_codebooks
     table = Table("", "", box=box.SIMPLE, show_header=False, title=name, title_justify="left")
     for key, value in {
@@ -120,9 +121,9 @@ def _print_contents(console: Console, contents: Contents, *, name: str) -> None:
         "model": f"{config.model.preset}: {sum(contents.parameters.values()):,} parameters ({parts})",
         "precision": config.precision.recipe,
         "streams": f"text ({manifest.cardinalities[0]} tokens), {manifest.num_codebooks} predicted and {given} given "
-        f"codebooks ({config.streams.cardinality} codes), delays {manifest.delays}, {manifest.frame_rate:g} frames/s",
-        "codec": f"{manifest.codec}, fingerprint {manifest.codec_fingerprint}",
-        "tokenizer": f"fingerprint {manifest.tokenizer_fingerprint}",
+        f"codebooks ({config.streams.cardinality} codes), delays {manifest.delays}, {rate} frames/s",
+        "codec": f"{manifest.codec or 'not known'}, fingerprint {manifest.codec_fingerprint or 'not known'}",
+        "tokenizer": f"fingerprint {manifest.tokenizer_fingerprint or 'not known'}",
         "on disk": ", ".join(f"{part} {_size(size)}" for part, size in contents.sizes.items()),
     }.items():
         table.add_row(f"[bold]{key}[/]", value)

@@ -27,7 +27,7 @@ def draw(
     figure = plt.figure(figsize=(13, 11), layout="constrained")
     grid = figure.add_gridspec(3, 2, height_ratios=(1, 0.8, 1))
     text_axes, audio_axes = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
-    _losses(directory / "train" / "metrics.jsonl", text_axes, audio_axes)
+    draw_losses(directory / "train" / "metrics.jsonl", text_axes, audio_axes)
     spoken = next(result for result in results if result.utterance.task.key == "tts-en")
     reference = codec.decode(torch.from_numpy(codes[spoken.utterance.spoken])[None])[0].numpy()
     said = " ".join(spoken.reference)
@@ -43,11 +43,12 @@ def draw(
     plt.close(figure)
 
 
-def _losses(metrics: Path, text_axes: plt.Axes, audio_axes: plt.Axes) -> None:
+def draw_losses(metrics: Path, text_axes: plt.Axes, audio_axes: plt.Axes) -> None:
+    """Validation losses by task from a run's metrics.jsonl; audio of the tasks that speak."""
     curves: dict[str, list[tuple[int, float, float]]] = defaultdict(list)
     for record in map(json.loads, metrics.read_text().splitlines()):
         if record["kind"].startswith("valid/"):
-            task = record["kind"].removeprefix("valid/")
+            task = record["kind"].rpartition("/")[2]  # valid/SET/TASK
             curves[task].append((record["step"], record["text_loss"], record["audio_loss"]))
     for axes, column, title in ((text_axes, 1, "validation loss, text"), (audio_axes, 2, "validation loss, audio")):
         for task, rows in curves.items():

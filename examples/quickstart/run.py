@@ -117,8 +117,10 @@ def _run(config, directory: Path, overrides: list[str], *, settings: list[str]) 
         )
     exported = directory / "moshi"
     stages.run(
-        "export to moshi",
-        lambda: _command(TOOLS / "export_moshi.py", store.latest(), exported),
+        "conversion to moshi",
+        lambda: _command(
+            TOOLS / "convert_checkpoint.py", "--from", "native", "--to", "moshi", store.latest(), exported
+        ),
         done=(exported / "config.json").is_file(),
     )
     results = directory / "results.json"

@@ -37,7 +37,7 @@ class Contents:
     """What a checkpoint holds.
 
     Attributes:
-        step: training steps done.
+        step: training steps done; 0 where the folder has another name than a run gives.
         written: when, in ISO 8601.
         num_ranks: that wrote it.
         config: of the run.
@@ -97,7 +97,7 @@ def read_contents(path: Path) -> Contents:
         sizes["optimizer" if place.fqn.startswith(OPTIMIZER) else "model"] += stored.length
     everything = sum(entry.num_bytes for entry in checksums.values()) + (path / CHECKSUMS).stat().st_size
     return Contents(
-        step=step_of(path),
+        step=step_of(path) if path.name.startswith("step_") else 0,
         written=datetime.fromtimestamp((path / CHECKSUMS).stat().st_mtime, tz=timezone.utc).isoformat(
             timespec="seconds"
         ),
@@ -139,7 +139,7 @@ def checkpoint_folders(path: Path) -> list[Path]:
     Raises:
         ValueError: there are none.
     """
-    if (path / CONFIG).is_file() and path.name.startswith("step_"):
+    if (path / CHECKSUMS).is_file():
         return [path]
     for directory in (path / "checkpoints", path):
         if folders := sorted(folder for folder in directory.glob("step_*") if folder.is_dir()):

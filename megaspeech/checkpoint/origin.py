@@ -23,13 +23,14 @@ NO_SHAPE = {"moe_aux_loss_coeff", "moe_token_dispatcher_type"}
 class StreamManifest:
     """What the streams of a checkpoint's model mean, in the words of `data.shards.ShardHeader` and `[streams]`.
 
-    `cardinalities` and `delays` are `[S]`; the first stream is text, then come `num_codebooks` predicted ones.
+    `cardinalities` and `delays` are `[S]`; the first stream is text, then come `num_codebooks` predicted ones. What a
+    conversion from another format cannot know is None.
     """
 
-    codec: str
-    codec_fingerprint: str
-    tokenizer_fingerprint: str
-    frame_rate: float
+    codec: str | None
+    codec_fingerprint: str | None
+    tokenizer_fingerprint: str | None
+    frame_rate: float | None
     cardinalities: tuple[int, ...]
     num_codebooks: int
     delays: tuple[int, ...]
@@ -39,12 +40,26 @@ class StreamManifest:
     @classmethod
     def of(cls, header: ShardHeader, config: Config) -> StreamManifest:
         """That of a run that trains on shards with this header, which has been checked against the config."""
+        names = ("codec", "codec_fingerprint", "tokenizer_fingerprint", "frame_rate")
+        return cls.of_streams(config, **{name: getattr(header, name) for name in names})
+
+    @classmethod
+    def of_streams(
+        cls,
+        config: Config,
+        *,
+        codec: str | None = None,
+        codec_fingerprint: str | None = None,
+        tokenizer_fingerprint: str | None = None,
+        frame_rate: float | None = None,
+    ) -> StreamManifest:
+        """That of a model whose codec and tokenizer are told as far as they are known."""
         streams = config.streams
         return cls(
-            codec=header.codec,
-            codec_fingerprint=header.codec_fingerprint,
-            tokenizer_fingerprint=header.tokenizer_fingerprint,
-            frame_rate=header.frame_rate,
+            codec=codec,
+            codec_fingerprint=codec_fingerprint,
+            tokenizer_fingerprint=tokenizer_fingerprint,
+            frame_rate=frame_rate,
             cardinalities=streams.cardinalities,
             num_codebooks=streams.num_codebooks,
             delays=streams.delays,
@@ -79,6 +94,8 @@ def check_shape(path: str | Path, *, config: Config) -> None:
 def check_origin(path: str | Path, *, config: Config, manifest: StreamManifest, going_on: bool) -> None:
     """Raises ValueError where a run may not start from a checkpoint, naming what differs and both values.
 
+    What the checkpoint does not know (None in its manifest) is not compared.
+
     Args:
         path: a whole checkpoint's folder.
         config: the run.
@@ -87,6 +104,7 @@ def check_origin(path: str | Path, *, config: Config, manifest: StreamManifest, 
     """
     check_shape(path, config=config)
     theirs, mine = asdict(StreamManifest.read(path)), asdict(manifest)
+    theirs = {key: value for key, value in theirs.items() if value is not None}
     remedy = "train on shards that were prepared with the checkpoint's codec and tokenizer, or from another directory"
     _refuse(path, list(_differences(theirs, mine)), remedy=remedy)
     if going_on:

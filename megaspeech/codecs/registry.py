@@ -36,11 +36,11 @@ def load_codec(path: str | Path, *, name: str = "spectral", num_codebooks: int |
 
 
 def codec_of(config: Config) -> Codec | None:
-    """The codec that a config names, with as many codebooks as its model speaks; None without `codec.path`.
+    """The codec that a config names, with as many codebooks as its model speaks, or hears; None without `codec.path`.
 
     Raises:
         ValueError, ImportError: as `load_codec`.
     """
     if not config.codec.path:
         return None
-    return load_codec(config.codec.path, name=config.codec.name, num_codebooks=config.streams.num_codebooks)
+    return load_codec(config.codec.path, name=config.codec.name, num_codebooks=config.streams.num_codec_codebooks)

@@ -322,6 +322,12 @@ def _streams(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
             f"streams.delays: {len(streams.delays)} entries, but there are {streams.num_streams} streams "
             f"(text, {streams.num_codebooks} predicted, {streams.num_given_codebooks} given)"
         )
+    schedule = sections["depth"].weights_per_step_schedule
+    if schedule is not None and len(schedule) != streams.num_codebooks:
+        yield (
+            f"depth.weights_per_step_schedule: {len(schedule)} entries for streams.num_codebooks = "
+            f"{streams.num_codebooks}; give one for each codebook"
+        )
     for key in ("text_pad_id", "text_end_pad_id"):
         if getattr(streams, key) >= streams.text_cardinality:
             yield f"streams.{key}: {getattr(streams, key)} is not below text_cardinality = {streams.text_cardinality}"

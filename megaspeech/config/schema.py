@@ -41,12 +41,15 @@ class ModelSection(Section):
 
 
 class StreamsSection(Section):
-    """The rows of tokens a model reads: text, its own codebooks (predicted), the codebooks it hears (given)."""
+    """The rows of tokens a model reads: text, its own codebooks (predicted), the codebooks it hears (given).
+
+    With `num_codebooks = 0` it writes text alone, and has no depth transformer (Kyutai's speech to text models).
+    """
 
     text_cardinality: Positive
     text_pad_id: Natural = 3
     text_end_pad_id: Natural = 0
-    num_codebooks: Positive
+    num_codebooks: Natural
     num_given_codebooks: Natural
     cardinality: Positive
     delays: tuple[Natural, ...]
@@ -55,6 +58,11 @@ class StreamsSection(Section):
     def num_streams(self) -> int:
         """Rows of a sample: text, predicted codebooks, given codebooks."""
         return 1 + self.num_codebooks + self.num_given_codebooks
+
+    @property
+    def num_codec_codebooks(self) -> int:
+        """Codebooks that audio is encoded in: those of the model's own voice, or of what it hears if it has none."""
+        return self.num_codebooks or self.num_given_codebooks
 
     @property
     def cardinalities(self) -> tuple[int, ...]:
@@ -76,6 +84,8 @@ class TemporalSection(TransformerSection):
     """The transformer over frames. `context` frames are visible to a position, itself included.
 
     With `num_moe_experts` the feed-forward layers are mixtures of experts, each of `moe_ffn_hidden_size`.
+    `num_extra_heads` linear heads of `extra_heads_dim` classes are kept with the model for the moshi runtime, as they
+    came (`extra_heads_num_heads`; Kyutai's tell when a speaker pauses), and are not trained.
     """
 
     context: Positive = 3000
@@ -86,10 +96,22 @@ class TemporalSection(TransformerSection):
     moe_aux_loss_coeff: float = Field(0.01, ge=0)
     """Weight of the loss that balances the experts' loads (Switch Transformer, arXiv 2101.03961)."""
     moe_token_dispatcher_type: Literal["allgather", "alltoall"] = "alltoall"
+    num_extra_heads: Natural = 0
+    extra_heads_dim: Positive = 6
 
 
 class DepthSection(TransformerSection):
-    """The transformer over the codebooks of one frame; every codebook has weights of its own."""
+    """The transformer over the codebooks of one frame; every codebook has weights of its own, unless told otherwise."""
+
+    weights_per_step_schedule: tuple[Natural, ...] | None = None
+    """Which set of weights each codebook uses, `[Q]`; moshi's `depformer_weights_per_step_schedule`. It applies to the
+    layers and to the input's projection; embeddings and heads are each codebook's own. Unset, all are."""
+    multi_linear: bool = True
+    """Project the temporal transformer's output for each set of weights by itself, or once for all codebooks; moshi's
+    `depformer_multi_linear`."""
+    low_rank_embeddings: Positive | None = None
+    """Width of the embedding tables, from which a matrix for each stream leads to `hidden_size`; moshi's
+    `depformer_low_rank_embeddings`. Unset, the tables have `hidden_size`."""
 
 
 class LossSection(Section):
@@ -223,6 +245,17 @@ class Config(Section):
     augmentation: AugmentationSection
     sources: tuple[SourceSection, ...] = ()
     """`[[sources]]`, as many as there are."""
+
+    @property
+    def num_weight_sets(self) -> int:
+        """Sets of weights of the depth transformer's layers: one a codebook, or those that the schedule names."""
+        schedule = self.depth.weights_per_step_schedule
+        return self.streams.num_codebooks if schedule is None else max(schedule, default=-1) + 1
+
+    @property
+    def num_input_sets(self) -> int:
+        """Projections of the temporal transformer's output for the depth transformer."""
+        return self.num_weight_sets if self.depth.multi_linear else 1
 
 
 SECTIONS: dict[str, type[Section]] = {

@@ -64,21 +64,16 @@ class Stacked:
 
 
 @dataclass(frozen=True)
-class Packed:
-    """One native `[S * I, O]` and one foreign `[S * O, I]`, set after set."""
-
-    num_sets: int
+class Unbound:
+    """One native tensor and the foreign ones that its first axis counts."""
 
     def to_foreign(self, native: Tensors) -> Tensors:
-        """Each set transposed."""
-        return [self._each_transposed(native[0])]
+        """Its slices."""
+        return native[0].unbind(0)
 
     def to_native(self, foreign: Tensors) -> Tensors:
-        """Each set transposed back."""
-        return [self._each_transposed(foreign[0])]
-
-    def _each_transposed(self, weight: Tensor) -> Tensor:
-        return weight.unflatten(0, (self.num_sets, -1)).transpose(1, 2).flatten(0, 1)
+        """Stacked."""
+        return [torch.stack(list(foreign))]
 
 
 @dataclass(frozen=True)

@@ -12,21 +12,49 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+import torch
+from torch import Tensor
 
 from megaspeech.config import Config, as_toml, config_of, read_config
 from megaspeech.conversion.deferred import Deferred, Weights
-from megaspeech.conversion.layouts import Chain, GroupedQueries, Joined, Packed, Same, Stacked, Table, Viewed
-from megaspeech.conversion.moshi_config import CONFIG_FILE, LEGACY, WEIGHTS_FILE, moshi_config, sections_of
+from megaspeech.conversion.layouts import Chain, GroupedQueries, Joined, Same, Stacked, Table, Unbound, Viewed
+from megaspeech.conversion.moshi_config import (
+    CONFIG_FILE,
+    LEGACY,
+    WEIGHTS_FILE,
+    Values,
+    moshi_config,
+    num_copies,
+    num_depformer_sets,
+    sections_of,
+)
+from megaspeech.conversion.moshi_lora import folded
+from megaspeech.conversion.moshi_names import copied, split
+from megaspeech.conversion.moshi_refusals import TENSORS_OF, held_values
 from megaspeech.conversion.rules import Layout, Rule, to_foreign, to_native
+from megaspeech.conversion.safetensors_files import INDEX, open_safetensors
 from megaspeech.conversion.stored import Companions, ForeignFiles, StoredModel
 
 RUN_FILE, TOKENIZER_FILE = "megaspeech.toml", "tokenizer.model"
+MIMI_FRAME_RATE = 12.5
+LORA_SCALING = 2.0
+"""Where a config.json does not say (moshi/models/loaders.py)."""
+RECIPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp32"}
+"""The run's precision that holds weights of each; no run has FP16, whose numbers FP32 holds exactly."""
+EARLY_END, PAD = 2, 3
+"""Rows of the text embedding: moshi runs "hibiki" models with the first, end of sentence, made equal to the second."""
 
 
-def rules(config: Config) -> list[Rule]:
-    """Which of the runtime's tensors hold the numbers of which native ones."""
-    return [*_embeddings(config), *_temporal(config), *_depth(config)]
+def rules(config: Config, *, packed: bool = True, half_split: bool = False) -> list[Rule]:
+    """Which of the runtime's tensors hold the numbers of which native ones.
+
+    Args:
+        config: the model.
+        packed: all sets of an attention's weights in one tensor, as in released files, not as in moshi's state dict.
+        half_split: the runtime is to rotate halves of heads ("rope_concat"), not pairs ("rope").
+    """
+    temporal = _temporal(config, packed=packed, half_split=half_split)
+    return [*_embeddings(config), *temporal, *_depth(config, packed=packed), *_extra_heads(config)]
 
 
 def _one(native: str, foreign: str, layout: Layout) -> Rule:
@@ -44,16 +72,17 @@ def _embeddings(config: Config) -> Iterator[Rule]:
     yield _one("text_head.weight", "text_linear.weight", Same())
 
 
-def _temporal(config: Config) -> Iterator[Rule]:
+def _temporal(config: Config, *, packed: bool, half_split: bool) -> Iterator[Rule]:
     shape = config.temporal
     width, head = shape.hidden_size, shape.hidden_size // shape.num_attention_heads
     parts = (width, shape.num_query_groups * head, shape.num_query_groups * head)
-    queries = Chain(GroupedQueries.of(shape), Joined(parts))
+    queries = Chain(GroupedQueries.of(shape, half_split=half_split), Joined(parts))
+    names = ("in_proj_weight", "out_proj.weight") if packed else ("in_projs.0.weight", "out_projs.0.weight")
     for layer in range(shape.num_layers):
         ours, theirs = f"temporal.block.layers.{layer}", f"transformer.layers.{layer}"
         yield _norm(f"{ours}.input_layernorm.weight", f"{theirs}.norm1.alpha", width=width)
-        yield _one(f"{ours}.self_attention.linear_qkv.weight", f"{theirs}.self_attn.in_proj_weight", queries)
-        yield _one(f"{ours}.self_attention.linear_proj.weight", f"{theirs}.self_attn.out_proj.weight", Same())
+        yield _one(f"{ours}.self_attention.linear_qkv.weight", f"{theirs}.self_attn.{names[0]}", queries)
+        yield _one(f"{ours}.self_attention.linear_proj.weight", f"{theirs}.self_attn.{names[1]}", Same())
         yield _norm(f"{ours}.pre_mlp_layernorm.weight", f"{theirs}.norm2.alpha", width=width)
         # SwiGLU's rows are [gate; up] on both sides.
         yield _one(f"{ours}.mlp.linear_fc1.weight", f"{theirs}.gating.linear_in.weight", Same())
@@ -61,25 +90,43 @@ def _temporal(config: Config) -> Iterator[Rule]:
     yield _norm("temporal.block.final_layernorm.weight", "out_norm.alpha", width=width)
 
 
-def _depth(config: Config) -> Iterator[Rule]:
-    shape, codebooks = config.depth, config.streams.num_codebooks
-    width = shape.hidden_size
-    names = ("depformer_text_emb.weight", *(f"depformer_emb.{index}.weight" for index in range(codebooks - 1)))
+def _depth(config: Config, *, packed: bool) -> Iterator[Rule]:
+    shape, codebooks, sets = config.depth, config.streams.num_codebooks, config.num_weight_sets
+    if not codebooks:
+        return
+    width, head = shape.hidden_size, shape.hidden_size // shape.num_attention_heads
+    tables = ("depformer_text_emb", *(f"depformer_emb.{index}" for index in range(codebooks - 1)))
+    names = tuple(f"{name}.weight" for name in tables)
     yield Rule(("depth.embedding",), names, Table(config.streams.cardinalities[:codebooks]))
-    yield _stacked("depth.input.weight", "depformer_in.{}.weight", codebooks)
+    if shape.low_rank_embeddings is not None:
+        names = tuple(f"{name}.low_rank.weight" for name in tables)
+        yield Rule(("depth.low_rank.weight",), names, Stacked(codebooks))
+    yield _stacked("depth.input.weight", "depformer_in.{}.weight", config.num_input_sets)
     for layer in range(shape.num_layers):
         ours, theirs = f"depth.layers.{layer}", f"depformer.layers.{layer}"
         yield _norm(f"{ours}.attention_norm.weight", f"{theirs}.norm1.alpha", width=width)
-        yield _one(f"{ours}.qkv.weight", f"{theirs}.self_attn.in_proj_weight", Packed(codebooks))
-        yield _one(f"{ours}.proj.weight", f"{theirs}.self_attn.out_proj.weight", Packed(codebooks))
+        for name, projection, rows in (
+            ("qkv", "in_proj", width + 2 * shape.num_query_groups * head),
+            ("proj", "out_proj", width),
+        ):
+            if packed:
+                foreign = f"{theirs}.self_attn.{projection}" + ("_weight" if projection == "in_proj" else ".weight")
+                yield _one(f"{ours}.{name}.weight", foreign, Chain(Stacked(sets), Joined((rows,) * sets)))
+            else:
+                yield _stacked(f"{ours}.{name}.weight", f"{theirs}.self_attn.{projection}s.{{}}.weight", sets)
         yield _norm(f"{ours}.mlp_norm.weight", f"{theirs}.norm2.alpha", width=width)
-        yield _stacked(f"{ours}.fc1.weight", theirs + ".gating.{}.linear_in.weight", codebooks)
-        yield _stacked(f"{ours}.fc2.weight", theirs + ".gating.{}.linear_out.weight", codebooks)
+        yield _stacked(f"{ours}.fc1.weight", theirs + ".gating.{}.linear_in.weight", sets)
+        yield _stacked(f"{ours}.fc2.weight", theirs + ".gating.{}.linear_out.weight", sets)
     yield _stacked("depth.heads.weight", "linears.{}.weight", codebooks)
 
 
 def _stacked(native: str, foreign: str, num_sets: int) -> Rule:
     return Rule((native,), tuple(foreign.format(index) for index in range(num_sets)), Stacked(num_sets))
+
+
+def _extra_heads(config: Config) -> Iterator[Rule]:
+    if count := config.temporal.num_extra_heads:
+        yield Rule(("extra_heads",), tuple(f"extra_heads.{index}.weight" for index in range(count)), Unbound())
 
 
 def moshi_files(model: StoredModel) -> ForeignFiles:
@@ -98,52 +145,159 @@ def moshi_files(model: StoredModel) -> ForeignFiles:
 
 
 def open_moshi(path: str | Path, *, drop: Sequence[str] = (), lora: Path | None = None) -> StoredModel:
-    """The model of a folder that moshi opens, or of one weights file without config.
+    """The model of a folder that moshi opens, or of a weights file in one; without `config.json` it is Moshi 7B.
 
     Args:
-        path: the folder, or a safetensors file: then Moshi 7B, as moshi itself takes it to be.
-        drop: what may be left out of the model.
-        lora: low-rank changes to fold in.
+        path: the folder, or a safetensors file.
+        drop: "extra_heads", "conditioners": what may be left out of the model.
+        lora: file of low-rank changes to fold in; else that of the `config.json`, if it names one.
 
     Raises:
         ValueError: the model cannot be held; names the file and the key or tensor.
     """
     path = Path(path)
-    folder, values = path.parent if path.is_file() else path, dict(LEGACY)
-    if (path / CONFIG_FILE).is_file():
-        values = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-    file = path if path.is_file() else folder / values.get("moshi_name", WEIGHTS_FILE)
-    weights = _read(file)
-    config = _config(folder, values, weights=weights)
-    return StoredModel(config, to_native(weights, rules(config)), _companions(folder, values))
+    folder = path.parent if path.is_file() else path
+    found, notes = _settings(folder)
+    source = str(folder / CONFIG_FILE)
+    values, more = held_values(found, drop=drop, source=source)
+    file = path if path.is_file() else _weights_file(folder, values)
+    try:
+        weights = split(open_safetensors(file), num_sets=num_depformer_sets(values))
+        weights, folding = _with_lora(weights, values, folder=folder, file=lora)
+        weights, casting = _as_held(weights, values, drop=drop)
+        config = _config(folder, values, dtype=weights["text_emb.weight"].dtype)
+        half_split = values.get("positional_embedding") == "rope_concat"
+        table = rules(config, packed=False, half_split=half_split)
+        native = to_native(weights, table)
+        _check_all_used(weights, table)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return StoredModel(config, native, _companions(folder, values), (*notes, *more, *folding, *casting))
 
 
-def _config(folder: Path, values: dict[str, Any], *, weights: Weights) -> Config:
+def _settings(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """(values of the `config.json`, a note where there is none)."""
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        return dict(LEGACY), [f"{folder} has no {CONFIG_FILE}: taken to be Moshi 7B, as the runtime does"]
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}); fetch it again") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} is no table of keys; fetch it again")
+    return values, []
+
+
+def _weights_file(folder: Path, values: Values) -> Path:
+    """That which the config names, or an index of shards."""
+    file = _local(folder, values.get("moshi_name", WEIGHTS_FILE))
+    return folder / INDEX if not file.is_file() and (folder / INDEX).is_file() else file
+
+
+def _local(folder: Path, name: str) -> Path:
+    """A name in a `config.json`; "file://" begins one that is not of the folder."""
+    return Path(name.removeprefix("file://")) if name.startswith("file://") else folder / name
+
+
+def _with_lora(
+    weights: Weights, values: Values, *, folder: Path, file: Path | None
+) -> tuple[dict[str, Deferred], list[str]]:
+    if file is None and values.get("lora_name"):
+        file = _local(folder, values["lora_name"])
+    if file is None:
+        if values.get("lora"):
+            raise ValueError(f"{CONFIG_FILE} says lora = true and names no file of it; give it by --lora")
+        return dict(weights), []
+    own, _ = _settings(file.parent) if (file.parent / CONFIG_FILE).is_file() else (values, [])
+    scaling, rank = own.get("lora_scaling", LORA_SCALING), own.get("lora_rank")
+    changes = split(open_safetensors(file), num_sets=num_depformer_sets(values))
+    found = folded(weights, changes, scaling=scaling, rank=rank)
+    return found, [f"{file}: {len(changes)} tensors of low-rank changes folded in, scaled by {scaling:g}"]
+
+
+def _as_held(weights: Weights, values: Values, *, drop: Sequence[str]) -> tuple[dict[str, Deferred], list[str]]:
+    """The weights as `rules` name them, in one precision; (weights, notes)."""
+    notes = []
+    left_out = tuple(start for name in drop for start in TENSORS_OF[name])
+    found = {name: one for name, one in weights.items() if not name.startswith(left_out or ("\0",))}
+    if not values["dep_q"] and "depformer_in.0.weight" in found:
+        del found["depformer_in.0.weight"]
+        notes.append("depformer_in.0.weight: left out; nothing reads it in a model without codebooks of its own")
+    if values["dep_q"] and not values.get("depformer_weights_per_step"):
+        count = num_copies(values)
+        found = copied(found, num_copies=count)
+        notes += [f"depformer: its one set of weights copied for each of {count} codebooks"] if count > 1 else []
+    if values.get("model_type") == "hibiki":
+        found["text_emb.weight"] = _without_early_end(found["text_emb.weight"])
+        notes.append(f"text_emb.weight: row {EARLY_END} made equal to row {PAD}, as the runtime does with hibiki")
+    return _in_one_precision(found, notes)
+
+
+def _without_early_end(table: Deferred) -> Deferred:
+    def read() -> Tensor:
+        rows = table.read().clone()
+        rows[EARLY_END] = rows[PAD]
+        return rows
+
+    return Deferred(table.shape, table.dtype, read)
+
+
+def _in_one_precision(weights: Weights, notes: list[str]) -> tuple[dict[str, Deferred], list[str]]:
+    """That of the text embedding, in which moshi runs all of them."""
+    if "text_emb.weight" not in weights:
+        raise ValueError("tensor text_emb.weight is missing; these are no weights of moshi's language model")
+    dtype = weights["text_emb.weight"].dtype
+    if dtype not in RECIPES:
+        raise ValueError(f"tensor text_emb.weight is in {dtype}; take the model's weights in FP32 or BF16")
+    held = torch.float32 if dtype is torch.float16 else dtype
+    odd = sum(one.dtype is not held for one in weights.values())
+    notes = [*notes, f"{odd} tensors in another precision read as {held}"] if odd else notes
+    return {name: one.to(held) for name, one in weights.items()}, notes
+
+
+def _check_all_used(weights: Weights, table: list[Rule]) -> None:
+    used = {name for rule in table for name in rule.foreign}
+    if odd := [name for name in weights if name not in used]:
+        raise ValueError(
+            f"tensor {odd[0]} ({len(odd)} such) is none that {CONFIG_FILE} speaks of; are both of one model?"
+        )
+
+
+def _config(folder: Path, values: Values, *, dtype: torch.dtype) -> Config:
     """The run's own config if we wrote the folder, else one with the model's shape and defaults for the rest."""
-    if (folder / RUN_FILE).is_file():
-        return read_config(folder / RUN_FILE)
     sections = sections_of(values)
-    recipe = {"float32": "fp32", "bfloat16": "bf16"}[str(weights["text_emb.weight"].dtype).partition(".")[2]]
-    return config_of({**sections, "precision": {"recipe": recipe}}, source=str(folder / CONFIG_FILE))
+    if (folder / RUN_FILE).is_file():
+        config = read_config(folder / RUN_FILE)
+        _check_same(config, sections, folder=folder)
+        return config
+    data, delay = {}, values.get("stt_config", {}).get("audio_delay_seconds")
+    if delay is not None:
+        data["task_delay"] = int(delay * MIMI_FRAME_RATE)
+    found = _companions(folder, values)
+    if found.tokenizer is not None:
+        data["tokenizer"] = str(found.tokenizer)
+    codec = {"name": "mimi", "path": str(found.codec or "")}
+    tables = {**sections, "data": data, "codec": codec, "precision": {"recipe": RECIPES[dtype]}}
+    return config_of(tables, source=str(folder / CONFIG_FILE))
 
 
-def _companions(folder: Path, values: dict[str, Any]) -> Companions:
-    tokenizer = folder / values.get("tokenizer_name", TOKENIZER_FILE)
-    codec = next((one for one in (folder / values.get("mimi_name", "codec"), folder / "codec") if one.exists()), None)
+def _check_same(config: Config, sections: dict[str, dict[str, Any]], *, folder: Path) -> None:
+    expected = config_of(sections, source=str(folder / CONFIG_FILE))
+    for name, values in sections.items():
+        if name == "depth" and not config.streams.num_codebooks:
+            continue
+        for key in values:
+            mine, theirs = getattr(getattr(config, name), key), getattr(getattr(expected, name), key)
+            if mine != theirs:
+                raise ValueError(
+                    f"{RUN_FILE} has {name}.{key} = {mine}, and {CONFIG_FILE} means {theirs}; remove {RUN_FILE}, or "
+                    f"put back the one of this model"
+                )
+
+
+def _companions(folder: Path, values: Values) -> Companions:
+    tokenizer = _local(folder, values.get("tokenizer_name", TOKENIZER_FILE))
+    named = [_local(folder, values["mimi_name"])] if "mimi_name" in values else []
+    codec = next((one for one in (*named, folder / "codec") if one.exists()), None)
     return Companions(tokenizer=tokenizer if tokenizer.is_file() else None, codec=codec)
-
-
-def _read(file: Path) -> dict[str, Deferred]:
-    """The tensors of a safetensors file, unread."""
-    with safe_open(file, framework="pt") as opened:
-        found = {}
-        for name in opened.keys():  # noqa: SIM118
-            part = opened.get_slice(name)
-            dtype = opened.get_tensor(name).dtype
-
-            def read(name: str = name) -> Any:
-                with safe_open(file, framework="pt") as again:
-                    return again.get_tensor(name)
-
-            found[name] = Deferred(tuple(part.get_shape()), dtype, read)
-    return found

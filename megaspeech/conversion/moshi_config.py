@@ -55,9 +55,6 @@ DEFAULTS: dict[str, Any] = {
     "quantize": False,
 }
 """What moshi takes a key that is left out to be. `n_q`, `dep_q`, `num_layers` and `depformer_num_heads` have none."""
-INHERITED = ("num_layers", "gating", "layer_scale", "kv_repeat")
-"""Keys of the temporal transformer that the depth transformer takes over, unless `depformer_KEY` says otherwise."""
-
 LEGACY: dict[str, Any] = {
     "dim": 4096,
     "text_card": 32000,
@@ -97,7 +94,7 @@ def moshi_config(config: Config) -> dict[str, Any]:
     for fault in _unknown_to_the_runtime(config):
         raise ValueError(f"{fault}; it cannot be exported to moshi")
     norms = {epsilon: norm for norm, epsilon in EPSILON_OF_NORM.items()}
-    return {
+    values = {
         "model_type": "moshi",
         "moshi_name": WEIGHTS_FILE,
         "card": streams.cardinality,
@@ -119,6 +116,16 @@ def moshi_config(config: Config) -> dict[str, Any]:
         "norm": norms[config.model.layernorm_epsilon],
         "gating": "silu",
         "positional_embedding": "rope",
+        "extra_heads_num_heads": temporal.num_extra_heads,
+        "extra_heads_dim": temporal.extra_heads_dim,
+        "depformer_multi_linear": depth.multi_linear or not streams.num_codebooks,  # else it has an unused projection
+    }
+    return {**values, **_depformer(config)} if streams.num_codebooks else values
+
+
+def _depformer(config: Config) -> dict[str, Any]:
+    depth = config.depth
+    values = {
         "depformer_dim": depth.hidden_size,
         "depformer_num_heads": depth.num_attention_heads,
         "depformer_num_layers": depth.num_layers,
@@ -126,9 +133,13 @@ def moshi_config(config: Config) -> dict[str, Any]:
         "depformer_dim_feedforward": _feed_forward(depth),
         "depformer_gating": "silu",
         "depformer_pos_emb": "none",
-        "depformer_multi_linear": True,
         "depformer_weights_per_step": True,
     }
+    if depth.weights_per_step_schedule is not None:
+        values["depformer_weights_per_step_schedule"] = list(depth.weights_per_step_schedule)
+    if depth.low_rank_embeddings is not None:
+        values["depformer_low_rank_embeddings"] = depth.low_rank_embeddings
+    return values
 
 
 def _unknown_to_the_runtime(config: Config) -> Iterator[str]:
@@ -163,7 +174,7 @@ def sections_of(values: Values) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: a key that has no default is missing.
     """
-    get = _Lookup(values)
+    get = Lookup(values)
     temporal = {
         "num_layers": get("num_layers"),
         "hidden_size": get("dim"),
@@ -172,6 +183,8 @@ def sections_of(values: Values) -> dict[str, dict[str, Any]]:
         "num_query_groups": get("num_heads") // get("kv_repeat"),
         "context": get("context") or CONTEXT,
         "rotary_base": get("max_period"),
+        "num_extra_heads": get("extra_heads_num_heads"),
+        "extra_heads_dim": get("extra_heads_dim"),
     }
     streams = {
         "text_cardinality": get("text_card"),
@@ -186,29 +199,56 @@ def sections_of(values: Values) -> dict[str, dict[str, Any]]:
     return {"model": model, "streams": streams, "temporal": temporal, "depth": _depth_section(get)}
 
 
-def _depth_section(get: _Lookup) -> dict[str, Any]:
+def _depth_section(get: Lookup) -> dict[str, Any]:
+    if not get("dep_q"):  # a shape that nothing is made of
+        return {name: 1 for name in TransformerSection.model_fields}
     width, heads = get("depformer_dim"), get("depformer_num_heads")
     feed_forward = get("depformer_dim_feedforward")
-    if isinstance(feed_forward, list):  # all alike, as `refusals` has seen
+    if isinstance(feed_forward, list):  # all alike, as `moshi_refusals` has seen
         feed_forward = feed_forward[0]
     if feed_forward is None:
         feed_forward = int(get("hidden_scale") * width)
-    return {
+    section = {
         "num_layers": get.of_depth("num_layers"),
         "hidden_size": width,
         "ffn_hidden_size": _gate_width(feed_forward, width=width),
         "num_attention_heads": heads,
         "num_query_groups": heads // get.of_depth("kv_repeat"),
+        "multi_linear": get("depformer_multi_linear"),
+        "weights_per_step_schedule": get("depformer_weights_per_step_schedule"),
+        "low_rank_embeddings": get("depformer_low_rank_embeddings"),
     }
+    if not get("depformer_weights_per_step") and not get("depformer_multi_linear"):
+        section["weights_per_step_schedule"] = [0] * get("dep_q")
+    return section
 
 
-class _Lookup:
+def num_copies(values: Values) -> int:
+    """How many native sets of depth weights the one set is that a model with `depformer_weights_per_step = false` has.
+
+    One, but where codebooks have projections of their own, whose number a schedule would have go with that of the sets.
+    """
+    get = Lookup(values)
+    return get("dep_q") if get("depformer_multi_linear") else 1
+
+
+def num_depformer_sets(values: Values) -> int:
+    """Sets of weights that the file has."""
+    get = Lookup(values)
+    if not get("depformer_weights_per_step"):
+        return 1
+    schedule = get("depformer_weights_per_step_schedule")
+    return max(schedule) + 1 if schedule else get("dep_q")
+
+
+class Lookup:
     """Values of a `config.json`, with moshi's own for what it leaves out."""
 
     def __init__(self, values: Values) -> None:
         self.values = values
 
     def __call__(self, key: str) -> Any:
+        """Raises ValueError where a key is missing that moshi has no value for."""
         if key not in self.values and key not in DEFAULTS:
             raise ValueError(f"the key {key} is missing; without it there is no telling what the weights are")
         return self.values.get(key, DEFAULTS.get(key))

@@ -52,7 +52,9 @@ class ForeignFiles:
     Attributes:
         weights: by foreign name, for the safetensors file.
         small_files: the content of the others by name, such as config.json.
+        notes: a line for each thing that is left out.
     """
 
     weights: Weights
     small_files: dict[str, bytes] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()

@@ -53,7 +53,7 @@ def synthetic_header(name: str, *, streams: StreamsSection) -> ShardHeader:
         frame_rate=12.5,
         cardinalities=streams.cardinalities,
         num_codebooks=streams.num_codebooks,
-        silence=(SILENCE,) * streams.num_codebooks,
+        silence=(SILENCE,) * streams.num_codec_codebooks,
         task_delay=3,
         speech_lead=1,
     )

@@ -174,7 +174,12 @@ def lay_out(
 
     Returns:
         Codes; streams that nobody speaks on hold `ZERO_TOKEN`.
+
+    Raises:
+        ValueError: the task speaks, and the model has no codebooks of its own.
     """
+    if task.speaks and not streams.num_codebooks:
+        raise ValueError(f"task {task.key}: speaks, but streams.num_codebooks = 0; give the model codebooks of its own")
     origin = timing.speech_origin(task)
     ends = [origin + codes.shape[1] for codes in (heard, spoken) if codes is not None]
     num_frames = max([len(text), *ends]) + (timing.task_delay if task.hears and task.name != "s2s" else 0)

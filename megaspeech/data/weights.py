@@ -38,10 +38,10 @@ def loss_weights(
     weights_PT[0] = np.where(padding, loss.text_padding, 0.0 if told else loss.text)
 
     own_QT = codes_ST[1 : 1 + streams.num_codebooks]
-    silent_T = (own_QT == np.asarray(header.silence)[:, None]).all(0)
+    silent_T = (own_QT == np.asarray(header.silence)[: streams.num_codebooks, None]).all(0)
     fraction_T = np.where(silent_T, loss.silence_fraction, loss.speech_fraction)
     trained_T = generator.random(num_frames) < fraction_T
-    weights_PT[1] = loss.semantic * trained_T
+    weights_PT[1:2] = loss.semantic * trained_T  # there may be none
     weights_PT[2:] = loss.acoustic * trained_T
 
     weights_PT[0, :PROMPT_FRAMES] = 0  # the prompt is given, but the model is silent of its own accord

@@ -10,21 +10,29 @@ def count_parameters(config: Config) -> dict[str, int]:
     """Parameters by part, padding of the tables not counted; they sum to the exported model's.
 
     `embedding`, `temporal`, `text_head`, `depth`: as the runtime's `emb` + `text_emb`, `transformer` + `out_norm`,
-    `text_linear`, and everything of the depth transformer with its inputs, embeddings and heads.
+    `text_linear`, and everything of the depth transformer with its inputs, embeddings and heads; and `extra_heads`
+    where there are any.
     """
-    streams, temporal, depth = config.streams, config.temporal, config.depth
+    streams, temporal = config.streams, config.temporal
     layer = _attention(temporal) + sum(_feed_forward(temporal)) + 2 * temporal.hidden_size
-    codebooks = streams.num_codebooks
-    read = streams.cardinalities[:codebooks]
-    return {
+    parts = {
         "embedding": (sum(streams.cardinalities) + streams.num_streams) * temporal.hidden_size,
         "temporal": temporal.num_layers * layer + temporal.hidden_size,
         "text_head": streams.text_cardinality * temporal.hidden_size,
-        "depth": codebooks * temporal.hidden_size * depth.hidden_size
-        + (sum(read) + len(read)) * depth.hidden_size
-        + depth.num_layers * (codebooks * (_attention(depth) + _swiglu(depth)) + 2 * depth.hidden_size)
-        + codebooks * depth.hidden_size * streams.cardinality,
+        "depth": _depth(config) if streams.num_codebooks else 0,
     }
+    extra = temporal.num_extra_heads * temporal.extra_heads_dim * temporal.hidden_size
+    return {**parts, "extra_heads": extra} if extra else parts
+
+
+def _depth(config: Config) -> int:
+    codebooks, shape = config.streams.num_codebooks, config.depth
+    read = config.streams.cardinalities[:codebooks]
+    rank = shape.low_rank_embeddings
+    embeddings = (sum(read) + len(read)) * (rank or shape.hidden_size) + codebooks * (rank or 0) * shape.hidden_size
+    layer = config.num_weight_sets * (_attention(shape) + _swiglu(shape)) + 2 * shape.hidden_size
+    inputs = config.num_input_sets * config.temporal.hidden_size * shape.hidden_size
+    return inputs + embeddings + shape.num_layers * layer + codebooks * shape.hidden_size * config.streams.cardinality
 
 
 def count_flops(config: Config, *, num_frames: int) -> dict[str, int]:
@@ -41,7 +49,7 @@ def count_flops(config: Config, *, num_frames: int) -> dict[str, int]:
     depth_matrices = (
         temporal.hidden_size * depth.hidden_size
         + depth.num_layers * (_attention(depth) + _swiglu(depth))
-        + depth.hidden_size * streams.cardinality
+        + depth.hidden_size * (streams.cardinality + (depth.low_rank_embeddings or 0))
     )
     depth_scores = depth.num_layers * 2 * depth.hidden_size * (codebooks + 1) / 2
     return {

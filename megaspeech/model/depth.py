@@ -7,11 +7,15 @@ serves all codebooks.
 Per frame with temporal output h (moshi's `LMModel.forward_depformer_training`):
     x_0 = in_0 h + text_embedding(text),   x_q = in_q h + embedding_{q-1}(token of codebook q-1),
 then pre-norm attention over codebooks (causal, no positions) and SwiGLU, no final norm, and head_q.
+
+Codebooks may share sets of weights (`depth.weights_per_step_schedule`): Q codebooks, S sets.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from megatron.core import tensor_parallel
@@ -28,19 +32,36 @@ from megaspeech.model.embedding import padded_rows, table_offsets, used_rows
 class CodebookLinear(torch.nn.Module):
     """One matrix a codebook, drawn uniformly within +-1/sqrt(in) as torch's Linear (and moshi) does.
 
-    The parameter is `[Q * in, out]`, because Megatron-FSDP shards rows of the first axis and cuts through larger ones.
+    The parameter is `[S * in, out]`, because Megatron-FSDP shards rows of the first axis and cuts through larger ones.
+
+    Args:
+        num_sets: S, different matrices.
+        width_in, width_out: of each.
+        dtype: of the parameter.
+        schedule: the set that each codebook uses; None where Q = S and each has its own.
     """
 
-    def __init__(self, num_codebooks: int, width_in: int, width_out: int, *, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        num_sets: int,
+        width_in: int,
+        width_out: int,
+        *,
+        dtype: torch.dtype,
+        schedule: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
-        self.num_codebooks, bound = num_codebooks, 1 / math.sqrt(width_in)
-        drawn = torch.empty(num_codebooks, width_in, width_out).uniform_(-bound, bound)
+        self.num_sets, self.schedule, bound = num_sets, schedule, 1 / math.sqrt(width_in)
+        drawn = torch.empty(num_sets, width_in, width_out).uniform_(-bound, bound)
         self.weight = torch.nn.Parameter(drawn.to(dtype).flatten(0, 1))
 
     @property
     def weight_QIO(self) -> Tensor:
         """`[Q, in, out]`."""
-        return self.weight.unflatten(0, (self.num_codebooks, -1))
+        sets_SIO = self.weight.unflatten(0, (self.num_sets, -1))
+        if self.schedule is None:
+            return sets_SIO
+        return torch.stack([sets_SIO[index] for index in self.schedule])  # whose gradients are summed in one order
 
     def forward(self, x_QNI: Tensor) -> Tensor:
         """`[Q, N, in]`, or `[N, in]` shared by the codebooks, -> `[Q, N, out]`."""
@@ -83,17 +104,18 @@ class DepthLayer(torch.nn.Module):
 
     def __init__(self, config: Config, *, kernels: Kernels, dtype: torch.dtype) -> None:
         super().__init__()
-        shape, codebooks = config.depth, config.streams.num_codebooks
+        shape = config.depth
+        linear = partial(CodebookLinear, config.num_weight_sets, dtype=dtype, schedule=shape.weights_per_step_schedule)
         self.kernel = kernels.depth_attention.depth_attention
         self.groups, self.head_width = shape.num_query_groups, shape.hidden_size // shape.num_attention_heads
         eps = config.model.layernorm_epsilon
         self.attention_norm = DepthNorm(shape.hidden_size, eps=eps, dtype=dtype)
         heads = shape.num_attention_heads + 2 * self.groups  # queries, then keys, then values
-        self.qkv = CodebookLinear(codebooks, shape.hidden_size, heads * self.head_width, dtype=dtype)
-        self.proj = CodebookLinear(codebooks, shape.hidden_size, shape.hidden_size, dtype=dtype)
+        self.qkv = linear(shape.hidden_size, heads * self.head_width)
+        self.proj = linear(shape.hidden_size, shape.hidden_size)
         self.mlp_norm = DepthNorm(shape.hidden_size, eps=eps, dtype=dtype)
-        self.fc1 = CodebookLinear(codebooks, shape.hidden_size, 2 * shape.ffn_hidden_size, dtype=dtype)
-        self.fc2 = CodebookLinear(codebooks, shape.ffn_hidden_size, shape.hidden_size, dtype=dtype)
+        self.fc1 = linear(shape.hidden_size, 2 * shape.ffn_hidden_size)
+        self.fc2 = linear(shape.ffn_hidden_size, shape.hidden_size)
 
     def forward(self, x_QND: Tensor) -> Tensor:
         """`[Q, N, D]` -> `[Q, N, D]`."""
@@ -112,10 +134,16 @@ class DepthTransformer(MegatronModule):
         self.embedding_kernel = kernels.stream_embedding.packed_embedding
         # Codebook q reads text for q = 0, codebook q - 1 otherwise: the first Q streams, the last codebook left out.
         read = streams.cardinalities[: streams.num_codebooks]
-        self.input = CodebookLinear(streams.num_codebooks, config.temporal.hidden_size, shape.hidden_size, dtype=dtype)
-        table = torch.empty(padded_rows(read), shape.hidden_size).normal_(std=shape.hidden_size**-0.5)
+        schedule = shape.weights_per_step_schedule if shape.multi_linear else None
+        sizes = (config.num_input_sets, config.temporal.hidden_size, shape.hidden_size)
+        self.input = CodebookLinear(*sizes, dtype=dtype, schedule=schedule)
+        width = shape.low_rank_embeddings or shape.hidden_size
+        table = torch.empty(padded_rows(read), width).normal_(std=width**-0.5)
         table[used_rows(read) :] = 0
         self.embedding = torch.nn.Parameter(table.to(dtype))
+        self.low_rank = torch.nn.Identity()
+        if shape.low_rank_embeddings:
+            self.low_rank = CodebookLinear(streams.num_codebooks, width, shape.hidden_size, dtype=dtype)
         self.register_buffer("offsets", torch.tensor(table_offsets(read)), persistent=False)
         self.layers = torch.nn.ModuleList(
             DepthLayer(config, kernels=kernels, dtype=dtype) for _ in range(shape.num_layers)
@@ -135,10 +163,8 @@ class DepthTransformer(MegatronModule):
         """
         # As Q "samples" of one stream: every codebook's token is looked up by itself, nothing is summed.
         rows_Q1N = (tokens_QN + self.offsets[:, None]).where(tokens_QN >= 0, tokens_QN)[:, None]
-        x_QND = self.input(hidden_NH) + self.embedding_kernel(
-            rows_Q1N, self.embedding, offsets=torch.zeros_like(self.offsets[:1])
-        )
-        return self.run_layers(x_QND)
+        x_QNE = self.embedding_kernel(rows_Q1N, self.embedding, offsets=torch.zeros_like(self.offsets[:1]))
+        return self.run_layers(self.input(hidden_NH) + self.low_rank(x_QNE))
 
     def run_layers(self, x_QND: Tensor) -> Tensor:
         """All layers, one after the other; `parallel.graphs` may put another way in its place."""

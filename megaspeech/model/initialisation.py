@@ -39,9 +39,9 @@ def initialise_from_codebooks(
         _rescale(table.weight[:mine], TEXT_SCALE)
         projected = _project(rows_QVE, table.weight.shape[1], seed=seed)
         for stream, first_row in enumerate(table_offsets(streams.cardinalities)[1:]):
-            codebook = stream % streams.num_codebooks
+            codebook = stream % streams.num_codec_codebooks
             _fill(table.weight, projected[codebook], first_row=first_row - table.vocab_start_index)
-    if model.post_process:
+    if model.post_process and model.depth is not None:
         depth = model.depth
         _rescale(depth.embedding[:text_rows], TEXT_SCALE)
         projected = _project(rows_QVE, depth.embedding.shape[1], seed=seed + 1)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megaspeech.config import Config
+from megaspeech.config.schema import TemporalSection
 from megaspeech.kernels import load_kernels
 from megaspeech.kernels.stream_embedding.reference import delayed_codes
 from megaspeech.model.depth import DepthTransformer
@@ -71,9 +72,18 @@ class SpeechTextModel(MegatronModule):
                 bias=False,
                 gather_output=False,
             )
-            self.depth = DepthTransformer(config, megatron=megatron, kernels=kernels)
+            self.depth = None  # a model that writes text alone has none
+            if config.streams.num_codebooks:
+                self.depth = DepthTransformer(config, megatron=megatron, kernels=kernels)
+            self._add_extra_heads(config.temporal, dtype=megatron.params_dtype)
             self.register_buffer("delays", torch.tensor(config.streams.delays), persistent=False)
             self.register_buffer("initial", torch.tensor(config.streams.cardinalities), persistent=False)
+
+    def _add_extra_heads(self, shape: TemporalSection, *, dtype: torch.dtype) -> None:
+        """Kept and not trained, so no parameter."""
+        if shape.num_extra_heads:
+            sizes = (shape.num_extra_heads, shape.extra_heads_dim, shape.hidden_size)
+            self.register_buffer("extra_heads", torch.zeros(sizes, dtype=dtype))
 
     def set_input_tensor(self, hidden: Tensor | list[Tensor | None] | None) -> None:
         """Hand over what the previous stage sent; the pipeline schedule calls this."""
@@ -130,6 +140,9 @@ class SpeechTextModel(MegatronModule):
         if self.config.sequence_parallel:
             hidden_TBH = gather_from_sequence_parallel_region(hidden_TBH, tensor_parallel_output_grad=False)
         text_TBV, hidden_TBH = from_context_ranks(text_TBV), from_context_ranks(hidden_TBH)
+        if self.depth is None:
+            audio_BQTV = text_TBV.new_zeros(text_TBV.shape[1], 0, text_TBV.shape[0], self.streams.cardinality)
+            return text_TBV.transpose(0, 1).float(), audio_BQTV.float()
         audio_QNV = self.depth(hidden_TBH.flatten(0, 1), _frames_first(tokens_BPT)[:-1].flatten(1))
         audio_QTBV = audio_QNV.unflatten(1, hidden_TBH.shape[:2])
         return text_TBV.transpose(0, 1).float(), audio_QTBV.permute(2, 0, 1, 3)
@@ -148,6 +161,8 @@ class SpeechTextModel(MegatronModule):
         self, hidden_TBH: Tensor, tokens_BPT: Tensor, weights_BPT: Tensor, depth_frames_BT: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """This tensor parallel rank's share of the frames: the one sequence parallelism leaves it anyway."""
+        if self.depth is None:
+            return (hidden_TBH.new_zeros(0, 0, dtype=torch.float32),) * 3
         tokens_PTB, weights_QTB = _frames_first(tokens_BPT), _frames_first(weights_BPT)[1:]
         kept_TB = depth_frames_BT.T
         size = self.config.tensor_model_parallel_size

@@ -57,7 +57,7 @@ def make_what_is_missing(config: Config, units: Sequence[Unit], *, say: Callable
 
 def load_codec_and_tokenizer(config: Config) -> tuple:
     """(codec, tokenizer) of the config, the codec on `preparation.device`."""
-    codec = load_codec(config.codec.path, name=config.codec.name, num_codebooks=config.streams.num_codebooks)
+    codec = load_codec(config.codec.path, name=config.codec.name, num_codebooks=config.streams.num_codec_codebooks)
     return codec.to(encoding_device(config.preparation.device)), Tokenizer.load(config.data.tokenizer)
 
 
@@ -80,7 +80,7 @@ def _some(units: Sequence[Unit]) -> list[Unit]:
 
 
 def _fit_codec(config: Config, utterances: Sequence[Utterance]) -> str:
-    sizes = SpectralConfig(num_codebooks=config.streams.num_codebooks, cardinality=config.streams.cardinality)
+    sizes = SpectralConfig(num_codebooks=config.streams.num_codec_codebooks, cardinality=config.streams.cardinality)
     # As they are, whatever [augmentation] makes of them: a codec of clean speech.
     recordings = list(dict.fromkeys(replace(one, plan=None) for one in recordings_of(utterances)))
     chosen = np.random.default_rng(config.run.seed).permutation(len(recordings))[: config.preparation.fit_recordings]

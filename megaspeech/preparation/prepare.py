@@ -227,7 +227,8 @@ def check_sizes(streams: StreamsSection, *, codec: Codec, tokenizer: Tokenizer) 
         ValueError: names the key of `[streams]`, its value and what it should be.
     """
     tokenizer.check_streams(streams)
-    for key, size in (("num_codebooks", codec.num_codebooks), ("cardinality", codec.cardinality)):
+    encoded = "num_codebooks" if streams.num_codebooks else "num_given_codebooks"
+    for key, size in ((encoded, codec.num_codebooks), ("cardinality", codec.cardinality)):
         if getattr(streams, key) != size:
             raise ValueError(
                 f"streams.{key} = {getattr(streams, key)}, but that of codec {codec.name!r} is {size}; set "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from megaspeech.config.schema import StreamsSection
 from megaspeech.model.speech_text_model import SpeechTextModel
@@ -30,11 +31,29 @@ def largest_difference(
     rows = [torch.randint(-1, size, (2, num_frames), generator=generator) for size in streams.cardinalities]
     codes_BST = torch.stack(rows, dim=1)
     text_BTV, audio_BQTV = model.eval()(codes_BST)
-    runtime = lm(codes_BST)
     ours = [text_BTV, *audio_BQTV.unbind(1)]
-    theirs = [runtime.text_logits[:, 0], *runtime.logits.unbind(1)]
+    theirs = runtime_logits(lm, codes_BST)
     differences = []
     for mine, other, delay in zip(ours, theirs, streams.delays[: len(ours)], strict=True):
-        # Position t of ours is the prediction of frame t - delay; the runtime has moved it there.
-        differences.append((mine[:, delay:] - other[:, : num_frames - delay].float()).abs().max())
+        # Position t is the prediction of frame t - delay; what is predicted before frame 0 is never used.
+        differences.append((mine[:, delay:] - other[:, delay:].float()).abs().max())
     return float(torch.stack(differences).max())
+
+
+def runtime_logits(lm: LMModel, codes_BST: Tensor) -> list[Tensor]:
+    """Logits `[B, T, V]` of text and of every codebook that the model speaks, by step: position t predicts frame t -
+    delay. By the steps of `LMModel.forward`, whose own refuses a model of fewer than two codebooks."""
+    from moshi.models.lm_utils import _delay_sequence
+
+    initial_BS1 = lm._get_initial_token().expand(len(codes_BST), -1, -1)
+    delayed_BST = torch.cat([initial_BS1, _delay_sequence(lm.delays, codes_BST, initial_BS1)], dim=2)
+    hidden_BTH, text_B1TV = lm.forward_text(delayed_BST[:, :, :-1])
+    read_BST = delayed_BST[:, :, 1:]
+    if lm.dep_q > 1:
+        return [text_B1TV[:, 0], *lm.forward_depformer_training(read_BST, hidden_BTH).unbind(1)]
+    if lm.dep_q == 0:
+        return [text_B1TV[:, 0]]
+    with lm.depformer.streaming(hidden_BTH.shape[0] * hidden_BTH.shape[1]):
+        frames_N11 = read_BST[:, 0].reshape(-1, 1, 1)
+        logits_N11V = lm.forward_depformer(0, frames_N11, hidden_BTH.flatten(0, 1)[:, None])
+    return [text_B1TV[:, 0], logits_N11V.view(*hidden_BTH.shape[:2], -1)]

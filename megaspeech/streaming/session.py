@@ -102,7 +102,7 @@ def answer(
 
 def acoustic_delay(streams: StreamsSection) -> int:
     """Frames between the text of a frame and the last of the model's own codes of that frame."""
-    return max(streams.delays[1 : 1 + streams.num_codebooks])
+    return max(streams.delays[1 : 1 + streams.num_codebooks], default=0)
 
 
 def check_streams(lm: LMModel, streams: StreamsSection) -> None:
@@ -139,6 +139,8 @@ def check_request(request: Request, *, streams: StreamsSection) -> None:
     name = f"request {request.task.key}"
     if request.num_frames <= PROMPT_FRAMES:
         raise ValueError(f"{name}: num_frames = {request.num_frames} leaves no answer; ask for over {PROMPT_FRAMES}")
+    if request.task.speaks and not streams.num_codebooks:
+        raise ValueError(f"{name}: the model writes text alone (streams.num_codebooks = 0); ask it for asr or st")
     if request.task.hears != (request.heard is not None):
         raise ValueError(f"{name}: heard must be {'the codes of some audio' if request.task.hears else 'None'}")
     if (request.task.name == "tts") != (request.words is not None):
@@ -199,11 +201,14 @@ def _stream(lm: LMModel, given_BQT: np.ndarray, *, steering: TextSteering) -> tu
             if lm.device.type == "cuda":
                 torch.cuda.synchronize(lm.device)
             seconds[step] = time.perf_counter() - start
-    return torch.stack(texts).cpu().numpy(), torch.stack(codes).cpu().numpy(), seconds
+    none = torch.zeros(num_steps, batch_size, 0, dtype=torch.long)  # of a model that writes text alone
+    return torch.stack(texts).cpu().numpy(), (torch.stack(codes) if codes else none).cpu().numpy(), seconds
 
 
 def _undelay(codes_TBQ: np.ndarray, *, delays: Sequence[int]) -> np.ndarray:
     """Codes `[B, Q, T]` by the frame they belong to, T = steps - the largest delay."""
-    num_frames = len(codes_TBQ) - max(delays)
-    rows = [codes_TBQ[delay : delay + num_frames, :, q] for q, delay in enumerate(delays)]
-    return np.stack(rows).transpose(2, 0, 1)
+    num_frames = len(codes_TBQ) - max(delays, default=0)
+    codes_BQT = np.empty((*codes_TBQ.shape[1:], num_frames), dtype=codes_TBQ.dtype)
+    for codebook, delay in enumerate(delays):
+        codes_BQT[:, codebook] = codes_TBQ[delay : delay + num_frames, :, codebook].T
+    return codes_BQT

@@ -124,6 +124,19 @@ def test_sound_picture_and_model(finished: tuple[Path, str]) -> None:
     assert list((directory / "train/tensorboard").glob("events*"))
 
 
+def test_losses_are_drawn_by_task(finished: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, _ = finished
+    monkeypatch.syspath_prepend(ROOT / "examples/quickstart")
+    from picture import draw_losses, plt
+
+    figure, (text_axes, audio_axes) = plt.subplots(1, 2)
+    draw_losses(directory / "train" / "metrics.jsonl", text_axes, audio_axes)
+    speaking = {"tts-en", "tts-ja", "s2st-ja-en"}
+    assert {line.get_label() for line in audio_axes.get_lines()} == speaking
+    assert {line.get_label() for line in text_axes.get_lines()} > speaking
+    plt.close(figure)
+
+
 def test_again_does_nothing_but_show(finished: tuple[Path, str]) -> None:
     directory, _ = finished
     before = (directory / "answers.json").stat().st_mtime_ns

@@ -136,7 +136,3 @@ def test_a_dry_run_makes_nothing(project: tuple[Path, Path], tmp_path: Path) -> 
 def test_a_config_typo(project: tuple[Path, Path]) -> None:
     finished = run_tool("prepare_data.py", project[0], "data.num_frame=9")
     assert finished.returncode == 1 and "did you mean 'num_frames'?" in finished.stderr
-
-
-def test_a_missing_checkpoint(tmp_path: Path) -> None:
-    assert "there is no checkpoint at" in only_line(run_tool("export_moshi.py", tmp_path / "step_0", tmp_path / "out"))

@@ -1,0 +1,50 @@
+"""The formats that models come in and go out to, and who reads, writes and runs each."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+ROOM = "megaspeech.conversion"
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format; functions are named `module:function` and imported when they are first asked for.
+
+    Attributes:
+        opens: `(path, **options) -> StoredModel`.
+        options: of the command, which `opens` takes too.
+        files: `(model) -> ForeignFiles`; empty where nothing is written in this format, and for our own.
+        difference: `(native model, path, config) -> float`, the largest difference of logits from those of the
+            format's own runtime, both in FP32; empty for our own.
+        takes_companions: whether tokenizer and codec lie beside the weights as files of their own.
+    """
+
+    opens: str
+    options: tuple[str, ...] = ()
+    files: str = ""
+    difference: str = ""
+    takes_companions: bool = False
+
+
+FORMATS = {
+    "native": Format(opens="native:open_native"),
+    "moshi": Format(
+        opens="moshi:open_moshi",
+        options=("drop", "lora"),
+        files="moshi:moshi_files",
+        difference="verify:moshi_difference",
+        takes_companions=True,
+    ),
+}
+NATIVE = "native"
+TARGETS = tuple(name for name, form in FORMATS.items() if form.files or name == NATIVE)
+
+
+def function(name: str) -> Callable[..., Any]:
+    """The function of this room that a format names."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(f"{ROOM}.{module}"), attribute)

@@ -1,0 +1,46 @@
+"""A model of any size whose weights are drawn when they are read: to try conversions without training one first."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megaspeech.config import Config
+from megaspeech.conversion.deferred import Deferred
+from megaspeech.conversion.native import native_shapes
+from megaspeech.conversion.stored import StoredModel
+
+
+def random_model(config: Config, *, seed: int = 0) -> StoredModel:
+    """Matrices are drawn from a normal of standard deviation 1 / sqrt(columns), norms from one around 1.
+
+    A tensor's numbers follow from the seed and its name alone. Rows that only pad a table are zero, as in a new model.
+    """
+    shapes = native_shapes(config).items()
+    read = config.streams.cardinalities[: config.streams.num_codebooks]
+    rows = {"embedding.weight": config.streams.cardinalities, "depth.embedding": read}
+    rows = {name: sum(cardinalities) + len(cardinalities) for name, cardinalities in rows.items()}
+    return StoredModel(
+        config,
+        {
+            name: Deferred(shape, dtype, _drawing(name, shape, dtype, rows=rows.get(name), seed=seed))
+            for name, (shape, dtype) in shapes
+        },
+    )
+
+
+def _drawing(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, *, rows: int | None, seed: int
+) -> Callable[[], Tensor]:
+    def draw() -> Tensor:
+        generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
+        drawn = torch.zeros(shape, dtype=dtype)
+        if len(shape) == 1:
+            return drawn.normal_(1, 0.1, generator=generator)
+        drawn[:rows].normal_(std=shape[-1] ** -0.5, generator=generator)
+        return drawn
+
+    return draw

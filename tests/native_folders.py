@@ -1,0 +1,29 @@
+"""Native checkpoints of random models, as a conversion writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from one_rank import make_config
+
+from megaspeech.config import Config
+from megaspeech.conversion.companions import manifest
+from megaspeech.conversion.native_writing import write_native
+from megaspeech.conversion.random_model import random_model
+from megaspeech.conversion.stored import StoredModel
+from megaspeech.conversion.writing import aside
+
+
+def write_random(path: Path, *overrides: str, preset: str = "tiny", config: Config | None = None) -> StoredModel:
+    """The model of a preset, or of a config, whose checkpoint is now at `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model = random_model(config or make_config(path.parent, *overrides, preset=preset))
+    put(model, path)
+    return model
+
+
+def put(model: StoredModel, path: Path) -> None:
+    """Write a checkpoint."""
+    with aside(path, request={}, num_bytes=sum(one.num_bytes for one in model.weights.values())) as folder:
+        write_native(model, folder, manifest=manifest(model))
+        folder.finish(path)
