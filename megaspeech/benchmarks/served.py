@@ -104,12 +104,12 @@ def add_answers(
         names = [source.valid for source in model.config.sources if source.format == "nemo"]
         manifests = [Path(name) for name in names if name and Path(name).is_file()]
     read, _ = read_manifests(manifests)
-    utterances = first_of_each_task(read, num_utterances, task_of=lambda one: one.task)
-    codes, _ = encode_recordings(recordings_of(utterances), codec=model.served.codec)
+    codes, _ = encode_recordings(recordings_of(read), codec=model.served.codec)
     evaluator = Evaluator(model.served)
-    for batch_size in batches if utterances else ():
-        advance(f"answers to {len(utterances)} utterances, {batch_size} at a time")
-        found = evaluator.latencies(utterances, codes, batch_size=batch_size)
+    asked = first_of_each_task(evaluator.requests(read, codes), num_utterances)
+    for batch_size in batches if asked else ():
+        advance(f"answers to {len(asked)} utterances, {batch_size} at a time")
+        found = evaluator.latencies(asked, batch_size=batch_size)
         report.latencies.extend(
             waited(task, value, batch_size=batch_size, whence=BY_ANSWERS) for task, value in found.items()
         )

@@ -23,9 +23,9 @@ MOSHI_THEORETICAL_MS, MOSHI_MEASURED_MS = 160.0, 200.0
 """Of Moshi on an L4 (arXiv 2410.00037, abstract)."""
 FRAMES = (
     "Sessions of one batch, in step, greedily, with random codes and sounds. Step: the moshi runtime's, median and "
-    "99th percentile; frame: with the codec's work. Floor: the weights that a step reads and the sessions' caches of keys "
-    "and values, over the bandwidth of a large copy in the same run; a model that fits the processor's caches can be "
-    "under it. In time: frames that took no longer than they last"
+    "99th percentile; frame: with the codec's work. Floor: the weights that a step reads and the sessions' caches of "
+    "keys and values, over the bandwidth of a large copy in the same run; a model that fits the processor's caches can "
+    "be under it. In time: frames that took no longer than they last"
 )
 TASKS = (
     "From the end of the last heard word, or for tts from the text, to the last word's text or the first sound of the "

@@ -20,7 +20,15 @@ from pydantic import ValidationError
 from megaspeech.codecs.protocol import Codec
 from megaspeech.codecs.registry import load_codec
 from megaspeech.config import Config, read_config
-from megaspeech.config.schema import SECTIONS, CodecSection, DepthSection, Section, StreamsSection, TemporalSection
+from megaspeech.config.schema import (
+    SECTIONS,
+    CodecSection,
+    DepthSection,
+    Section,
+    StreamsSection,
+    TemporalSection,
+    TransformerSection,
+)
 from megaspeech.data.tokenizer import Tokenizer
 from megaspeech.streaming.runtime import load_runtime, read_runtime_config
 from megaspeech.streaming.session import check_streams
@@ -136,7 +144,7 @@ def _config_of(lm: LMModel, *, source: Path) -> Config:
             "temporal": TemporalSection(
                 **_shape(lm.transformer), context=lm.context, rotary_base=int(lm.transformer.max_period)
             ),
-            "depth": DepthSection(**_shape(lm.depformer)),
+            "depth": _depth_of(lm),
         }
     except ValidationError as error:
         (fault, *_) = error.errors()
@@ -146,6 +154,16 @@ def _config_of(lm: LMModel, *, source: Path) -> Config:
         ) from error
     sections: dict[str, Section] = {name: known.get(name) or section() for name, section in SECTIONS.items()}
     return Config(**sections)
+
+
+def _depth_of(lm: LMModel) -> DepthSection:
+    if lm.depformer is None:  # a shape that nothing is made of
+        return DepthSection(**dict.fromkeys(TransformerSection.model_fields, 1))
+    return DepthSection(
+        **_shape(lm.depformer),
+        multi_linear=lm.depformer_multi_linear,
+        weights_per_step_schedule=lm.depformer_weights_per_step_schedule,
+    )
 
 
 def _shape(transformer: torch.nn.Module) -> dict[str, int]:

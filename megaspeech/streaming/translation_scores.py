@@ -1,9 +1,9 @@
 """BLEU and chrF of a corpus by sacrebleu, so that figures can be compared with those of papers.
 
-BLEU (Papineni et al., 2002) counts the words that its tokenizer finds: 13a's, as most papers have it; sacrebleu's own for
-Chinese; single characters in the other languages that part no words by spaces (`ja-mecab` would need a dictionary of
-Japanese). chrF (Popovic, 2015) counts stretches of up to six characters, and depends on no tokenizer. Both are from 0
-to 100; the signatures say with what settings and version.
+BLEU (Papineni et al., 2002) counts the words that its tokenizer finds: 13a's, as most papers have it; sacrebleu's own
+for Chinese; single characters in the other languages that part no words by spaces (`ja-mecab` would need a dictionary).
+chrF (Popovic, 2015) counts stretches of up to six characters, and depends on no tokenizer. Both are from 0 to 100; the
+signatures say with what settings and version.
 """
 
 from __future__ import annotations
