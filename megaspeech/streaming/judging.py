@@ -11,8 +11,20 @@ from __future__ import annotations
 
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from megaspeech.data.tasks import LANGUAGE
+
+
+def judges_of(options: Iterable[str]) -> dict[str, str]:
+    """`{"en": command, "": command}` of `en=COMMAND` and `COMMAND`."""
+    found = {}
+    for option in options:
+        language, equals, command = option.partition("=")
+        named = bool(equals) and LANGUAGE.fullmatch(language)
+        found[language if named else ""] = command if named else option
+    return found
 
 
 def judge(command: str, paths: Sequence[Path], *, language: str) -> list[str]:

@@ -13,8 +13,8 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,13 @@ class Settings:
     Attributes:
         batch_size: sessions at once.
         num_timed: utterances of each task whose latency is measured, one session at a time.
-        judge: command that hears what is said, see `judging`; without one, speech is not scored.
+        judges: commands that hear what is said, see `judging`, by language; "" is for all that none is named for.
+            Speech that no judge is for is not scored.
     """
 
     batch_size: int = BATCH
     num_timed: int = 8
-    judge: str = ""
+    judges: Mapping[str, str] = field(default_factory=dict)
 
 
 def evaluate(
@@ -97,8 +98,8 @@ def evaluate(
     if not lines:
         first = f": {aside[0].where}: {aside[0].reason}" if aside else "; name a manifest that has something"
         raise ValueError(f"there is nothing to ask{first}")
-    if settings.judge:
-        _hear(lines, folder=folder, command=settings.judge)
+    if settings.judges:
+        _hear(lines, folder=folder, judges=settings.judges)
         _write_lines(folder / ANSWERS, lines)
     latency = evaluator.latencies(
         first_of_each_task(asked, settings.num_timed),
@@ -157,16 +158,17 @@ def _write_down(answers: Iterable[Evaluated], folder: Path, *, sample_rate: int)
     return lines
 
 
-def _hear(lines: list[dict[str, Any]], *, folder: Path, command: str) -> None:
-    """Give each line that has a wav what the judge hears in it."""
+def _hear(lines: list[dict[str, Any]], *, folder: Path, judges: Mapping[str, str]) -> None:
+    """Give each line that has a wav what the judge of its language hears in it."""
     by_language: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for line in lines:
         if "wav" in line:
             by_language[Task.parse(line["task"]).target].append(line)
     for language, group in by_language.items():
-        heard = judge(command, [folder / line["wav"] for line in group], language=language)
-        for line, text in zip(group, heard, strict=True):
-            line["heard"] = text
+        if command := judges.get(language, judges.get("")):
+            heard = judge(command, [folder / line["wav"] for line in group], language=language)
+            for line, text in zip(group, heard, strict=True):
+                line["heard"] = text
 
 
 def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
