@@ -185,6 +185,7 @@ def _timed(lm: LMModel, *, batch_size: int, num_frames: int, coding: Coding | No
     try:
         timed = time_frames(lm, batch_size=batch_size, num_frames=num_frames, coding=coding)
     except torch.OutOfMemoryError:
-        torch.accelerator.empty_cache()
+        if on_accelerator:
+            torch.accelerator.empty_cache()
         return "out of memory", None
     return timed, torch.accelerator.max_memory_allocated(lm.device) if on_accelerator else None

@@ -49,7 +49,8 @@ class ServedFolder:
         config: of the run, or of the model alone; `codec.path` and `data.tokenizer` name the files of this folder.
         codec: with as many codebooks as the model hears or says, whichever is more.
         tokenizer: of the text stream.
-        knows_tasks: whether it was trained on the prompts of tasks, with the delays of `config.data`.
+        knows_tasks: whether it was trained on the prompts of tasks, with the delays of `config.data`: there is a run's
+            config, and the tokenizer has prompts. Moshi itself has none.
     """
 
     lm: LMModel
@@ -78,8 +79,7 @@ def open_folder(
         raise ValueError(f"{path}: there is no such folder; make it with {CONVERT} --to moshi")
     values = read_runtime_config(path)
     tokenizer_file = _tokenizer_file(path, values)
-    knows_tasks = (path / RUN_FILE).is_file()
-    run = read_config(path / RUN_FILE) if knows_tasks else None
+    run = read_config(path / RUN_FILE) if (path / RUN_FILE).is_file() else None
     codec_section = _codec_section(path, values, run=run)
     lm = load_runtime(path, device=device, dtype=dtype)
     config = run or _config_of(lm, source=path)
@@ -92,6 +92,7 @@ def open_folder(
         codec = _open_codec(config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    knows_tasks = run is not None and tokenizer.knows_tasks
     return ServedFolder(lm, config, codec.to(device), tokenizer, knows_tasks=knows_tasks)
 
 

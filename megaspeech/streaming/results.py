@@ -80,8 +80,8 @@ def evaluate(
     """
     if not served.knows_tasks:
         raise ValueError(
-            "the folder has no megaspeech.toml, so that its model knows no tasks; it cannot be asked, only be measured "
-            "by tools/measure_latency.py"
+            "the model knows no tasks (its folder has no megaspeech.toml, or its tokenizer no prompts); it cannot be "
+            "asked, only be measured by tools/measure_latency.py"
         )
     aside, evaluator = list(refused), Evaluator(served)
     codes, faults = encode_recordings(
