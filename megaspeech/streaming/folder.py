@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from moshi.models import LMModel
 
 RUN_FILE, TOKENIZER_FILE, CODEC_FOLDER = "megaspeech.toml", "tokenizer.model", "codec"
+KYUTAI_TOKENIZER, KYUTAI_MIMI = "tokenizer_spm_32k_3.model", "tokenizer-e351c8d8-checkpoint125.safetensors"
+"""What moshi takes them to be called (moshi/models/loaders.py) where a config.json does not say."""
 CONVERT = "tools/convert_checkpoint.py"
 
 
@@ -97,7 +99,7 @@ def open_folder(
 
 
 def _tokenizer_file(path: Path, values: dict[str, Any]) -> Path:
-    file = path / values.get("tokenizer_name", TOKENIZER_FILE)
+    file = _named(path, values.get("tokenizer_name"), TOKENIZER_FILE, KYUTAI_TOKENIZER)
     if not file.is_file():
         raise ValueError(f"{file}: there is no such file; convert with {CONVERT} --tokenizer FILE, or put it there")
     return file
@@ -105,13 +107,19 @@ def _tokenizer_file(path: Path, values: dict[str, Any]) -> Path:
 
 def _codec_section(path: Path, values: dict[str, Any], *, run: Config | None) -> CodecSection:
     """The codec's kind and where it lies in this folder."""
-    folder, mimi = path / CODEC_FOLDER, path / values.get("mimi_name", CODEC_FOLDER)
-    if folder.is_dir():
-        return CodecSection(name=run.codec.name if run else "mimi", path=str(folder))
-    if mimi.is_file():
-        return CodecSection(name="mimi", path=str(mimi))
-    wanted = mimi if "mimi_name" in values else folder
-    raise ValueError(f"{wanted}: there is no codec; convert with {CONVERT} --codec, or put the codec there")
+    codec = _named(path, values.get("mimi_name"), CODEC_FOLDER, KYUTAI_MIMI)
+    if codec.is_dir():
+        return CodecSection(name=run.codec.name if run else "mimi", path=str(codec))
+    if codec.is_file():
+        return CodecSection(name="mimi", path=str(codec))
+    raise ValueError(f"{codec}: there is no codec; convert with {CONVERT} --codec PATH, or put the codec there")
+
+
+def _named(path: Path, name: str | None, ours: str, kyutais: str) -> Path:
+    """What a config.json names, else what lies there under our name, or under the one that moshi takes."""
+    if name is None:
+        name = kyutais if (path / kyutais).is_file() and not (path / ours).exists() else ours
+    return path / name
 
 
 def _open_codec(config: Config) -> Codec:

@@ -219,3 +219,9 @@ def test_bleu_is_that_of_papers() -> None:
         *["char"] * 2,
         *["zh"] * 2,
     ]
+
+
+def test_a_package_that_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
+    with pytest.raises(ImportError, match=r"pip install megaspeech\[evaluation\]"):
+        translation_score(["a"], ["a"], language="en")
