@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from one_rank import make_config
 
-from megaspeech.config import Config
-from megaspeech.conversion.companions import manifest
+from megaspeech.conversion.companions import manifest, named
 from megaspeech.conversion.native_writing import write_native
 from megaspeech.conversion.random_model import random_model
 from megaspeech.conversion.stored import StoredModel
 from megaspeech.conversion.writing import aside
 
 
-def write_random(path: Path, *overrides: str, preset: str = "tiny", config: Config | None = None) -> StoredModel:
-    """The model of a preset, or of a config, whose checkpoint is now at `path`."""
+def write_random(path: Path, *overrides: str, preset: str = "tiny") -> StoredModel:
+    """The model of a preset, whose checkpoint is now at `path`, with the tokenizer and codec that its config names."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    model = random_model(config or make_config(path.parent, *overrides, preset=preset))
+    model = random_model(make_config(path.parent, *overrides, preset=preset))
+    model = replace(model, companions=named(model.config))
     put(model, path)
     return model
 

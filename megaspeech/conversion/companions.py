@@ -9,12 +9,21 @@ from pathlib import Path
 
 from megaspeech.checkpoint.origin import StreamManifest
 from megaspeech.codecs.registry import load_codec
-from megaspeech.conversion.moshi import TOKENIZER_FILE
-from megaspeech.conversion.stored import Companions, StoredModel
+from megaspeech.config import Config
+from megaspeech.conversion.stored import TOKENIZER_FILE, Companions, StoredModel
 from megaspeech.data.tokenizer import Tokenizer
 
 CODEC = "codec"
 """Where the folder of a codec goes; a codec in one file keeps its name."""
+
+
+def named(config: Config) -> Companions:
+    """The files that a run's config names, as far as they are here."""
+    tokenizer, codec = Path(config.data.tokenizer), Path(config.codec.path)
+    return Companions(
+        tokenizer=tokenizer if tokenizer.is_file() else None,
+        codec=codec if config.codec.path and codec.exists() else None,
+    )
 
 
 def with_companions(model: StoredModel, *, tokenizer: Path | None, codec: Path | None) -> StoredModel:
@@ -37,7 +46,7 @@ def _check_size(tokenizer: Path, *, model: StoredModel) -> None:
     if found != wanted:
         raise ValueError(
             f"{tokenizer} has {found:,} pieces, and the model's text has {wanted:,} (streams.text_cardinality); "
-            f"give the model's own by --tokenizer"
+            f"give the model's own by --tokenizer, or, to change its vocabulary, name it by --old-tokenizer"
         )
 
 
@@ -84,7 +93,7 @@ def manifest(model: StoredModel) -> StreamManifest:
     config, found = model.config, model.companions
     codec = None
     if found.codec is not None:
-        codec = load_codec(found.codec, name=config.codec.name, num_codebooks=config.streams.num_codebooks)
+        codec = load_codec(found.codec, name=config.codec.name, num_codebooks=config.streams.num_codec_codebooks)
     return StreamManifest.of_streams(
         config,
         codec=codec and codec.name,

@@ -28,14 +28,16 @@ from megaspeech.conversion.moshi_config import (
     num_depformer_sets,
     sections_of,
 )
+from megaspeech.conversion.moshi_int8 import from_int8, in_int8
 from megaspeech.conversion.moshi_lora import folded
 from megaspeech.conversion.moshi_names import copied, split
 from megaspeech.conversion.moshi_refusals import TENSORS_OF, held_values
+from megaspeech.conversion.native import native_shapes
 from megaspeech.conversion.rules import Layout, Rule, to_foreign, to_native
 from megaspeech.conversion.safetensors_files import INDEX, open_safetensors
-from megaspeech.conversion.stored import Companions, ForeignFiles, StoredModel
+from megaspeech.conversion.stored import TOKENIZER_FILE, Companions, ForeignFiles, StoredModel
 
-RUN_FILE, TOKENIZER_FILE = "megaspeech.toml", "tokenizer.model"
+RUN_FILE = "megaspeech.toml"
 MIMI_FRAME_RATE = 12.5
 LORA_SCALING = 2.0
 """Where a config.json does not say (moshi/models/loaders.py)."""
@@ -129,19 +131,25 @@ def _extra_heads(config: Config) -> Iterator[Rule]:
         yield Rule(("extra_heads",), tuple(f"extra_heads.{index}.weight" for index in range(count)), Unbound())
 
 
-def moshi_files(model: StoredModel) -> ForeignFiles:
+def moshi_files(model: StoredModel, *, int8: bool = False) -> ForeignFiles:
     """What the runtime opens: weights, `config.json`, and the run's config for our own tools.
+
+    Args:
+        model: in FP32 or BF16.
+        int8: matrices in eight bits, which the runtime takes if it loads the model in FP32 (`streaming.runtime` does;
+            its own commands do not) and bitsandbytes is installed.
 
     Raises:
         ValueError: the model has what the runtime knows nothing of.
     """
-    values = moshi_config(model.config)
+    values = moshi_config(model.config) | ({"quantize": True} if int8 else {})
     if model.companions.tokenizer is not None:
         values["tokenizer_name"] = TOKENIZER_FILE
     if model.companions.codec is not None and model.companions.codec.is_file():
         values["mimi_name"] = model.companions.codec.name
     files = {CONFIG_FILE: json.dumps(values, indent=1).encode(), RUN_FILE: as_toml(model.config).encode()}
-    return ForeignFiles(to_foreign(model.weights, rules(model.config)), files)
+    weights = to_foreign(model.weights, rules(model.config))
+    return ForeignFiles(in_int8(weights) if int8 else weights, files)
 
 
 def open_moshi(path: str | Path, *, drop: Sequence[str] = (), lora: Path | None = None) -> StoredModel:
@@ -162,14 +170,14 @@ def open_moshi(path: str | Path, *, drop: Sequence[str] = (), lora: Path | None 
     values, more = held_values(found, drop=drop, source=source)
     file = path if path.is_file() else _weights_file(folder, values)
     try:
-        weights = split(open_safetensors(file), num_sets=num_depformer_sets(values))
+        weights = split(from_int8(open_safetensors(file)), num_sets=num_depformer_sets(values))
         weights, folding = _with_lora(weights, values, folder=folder, file=lora)
         weights, casting = _as_held(weights, values, drop=drop)
         config = _config(folder, values, dtype=weights["text_emb.weight"].dtype)
         half_split = values.get("positional_embedding") == "rope_concat"
         table = rules(config, packed=False, half_split=half_split)
+        _check_tensors(weights, table, config=config)
         native = to_native(weights, table)
-        _check_all_used(weights, table)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     return StoredModel(config, native, _companions(folder, values), (*notes, *more, *folding, *casting))
@@ -256,12 +264,19 @@ def _in_one_precision(weights: Weights, notes: list[str]) -> tuple[dict[str, Def
     return {name: one.to(held) for name, one in weights.items()}, notes
 
 
-def _check_all_used(weights: Weights, table: list[Rule]) -> None:
-    used = {name for rule in table for name in rule.foreign}
-    if odd := [name for name in weights if name not in used]:
-        raise ValueError(
-            f"tensor {odd[0]} ({len(odd)} such) is none that {CONFIG_FILE} speaks of; are both of one model?"
-        )
+def _check_tensors(weights: Weights, table: list[Rule], *, config: Config) -> None:
+    """Raises ValueError where names or shapes are not those that the config gives the model."""
+    native = {name: Deferred(shape, dtype, torch.empty) for name, (shape, dtype) in native_shapes(config).items()}
+    wanted = to_foreign(native, table)
+    remedy = f"is {CONFIG_FILE} of this very model?"
+    for name, one in wanted.items():
+        if name not in weights:
+            raise ValueError(f"tensor {name} {list(one.shape)} is missing; {remedy}")
+        if weights[name].shape != one.shape:
+            shapes = f"{list(weights[name].shape)}, and {CONFIG_FILE} makes it {list(one.shape)}"
+            raise ValueError(f"tensor {name} is {shapes}; {remedy}")
+    if odd := [name for name in weights if name not in wanted]:
+        raise ValueError(f"tensor {odd[0]} ({len(odd)} such) is none that {CONFIG_FILE} speaks of; {remedy}")
 
 
 def _config(folder: Path, values: Values, *, dtype: torch.dtype) -> Config:

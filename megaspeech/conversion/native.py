@@ -24,8 +24,9 @@ from megaspeech.checkpoint.state import metadata
 from megaspeech.checkpoint.store import check_whole
 from megaspeech.config import Config, read_config
 from megaspeech.config.computation import ParallelSection, PrecisionSection
+from megaspeech.conversion.companions import named
 from megaspeech.conversion.deferred import Deferred, Weights
-from megaspeech.conversion.stored import Companions, StoredModel
+from megaspeech.conversion.stored import StoredModel
 from megaspeech.model.speech_text_model import SpeechTextModel
 from megaspeech.parallel import groups
 
@@ -111,12 +112,7 @@ def open_native(path: str | Path) -> StoredModel:
     for name, (place, shape) in places(config).items():
         dtype = _dtype(index, pieces(place, torch.empty(shape, device="meta")), name=name, path=path)
         weights[name] = Deferred(shape, dtype, _Reading(reader, index, place=place, shape=shape, dtype=dtype))
-    tokenizer, codec = Path(config.data.tokenizer), Path(config.codec.path)
-    companions = Companions(
-        tokenizer=tokenizer if tokenizer.is_file() else None,
-        codec=codec if config.codec.path and codec.exists() else None,
-    )
-    return StoredModel(config, weights, companions)
+    return StoredModel(config, weights, named(config))
 
 
 def _dtype(index: Metadata, wanted: list[ShardedTensor], *, name: str, path: Path) -> torch.dtype:

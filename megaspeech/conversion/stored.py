@@ -12,6 +12,9 @@ from pathlib import Path
 from megaspeech.config import Config
 from megaspeech.conversion.deferred import Weights
 
+TOKENIZER_FILE = "tokenizer.model"
+"""The name of the sentencepiece model beside a model's weights."""
+
 
 @dataclass(frozen=True)
 class Companions:

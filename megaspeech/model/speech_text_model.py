@@ -162,7 +162,8 @@ class SpeechTextModel(MegatronModule):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """This tensor parallel rank's share of the frames: the one sequence parallelism leaves it anyway."""
         if self.depth is None:
-            return (hidden_TBH.new_zeros(0, 0, dtype=torch.float32),) * 3
+            none_QN = hidden_TBH.new_zeros(0, 0, dtype=torch.float32)
+            return none_QN, none_QN.bool(), none_QN
         tokens_PTB, weights_QTB = _frames_first(tokens_BPT), _frames_first(weights_BPT)[1:]
         kept_TB = depth_frames_BT.T
         size = self.config.tensor_model_parallel_size

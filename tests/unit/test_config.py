@@ -138,6 +138,7 @@ def test_malformed_overrides(read: Read, override: str) -> None:
         ),
         (["parallel.sequence_parallel=true"], None, "parallel.sequence_parallel: true needs"),
         (["temporal.hidden_size=66"], None, "temporal.hidden_size: 66 is not divisible by num_attention_heads = 4"),
+        (["temporal.kv_channels=15"], None, "temporal.kv_channels: 15 must be even, because RoPE rotates pairs"),
         (["depth.hidden_size=30"], None, "depth.hidden_size: 30 is not divisible by num_attention_heads = 4"),
         (["temporal.num_query_groups=3"], None, "temporal.num_query_groups: 3 does not divide"),
         (["depth.num_query_groups=3"], None, "depth.num_query_groups: 3 does not divide"),
@@ -273,7 +274,12 @@ def test_invalid_toml_names_the_place(read: Read) -> None:
     assert fault.startswith("not valid TOML") and "line 2" in fault
 
 
-@pytest.mark.parametrize("section, key", [("streams", "num_codebooks"), ("temporal", "num_layers")])
+def test_a_schedule_names_a_set_for_every_codebook(read: Read) -> None:
+    fault = the_fault(read, "depth.weights_per_step_schedule=[0, 1]")
+    assert fault.startswith("depth.weights_per_step_schedule: 2 entries for streams.num_codebooks = 4; give one")
+
+
+@pytest.mark.parametrize("section, key", [("streams", "cardinality"), ("temporal", "num_layers")])
 def test_counts_are_positive_whole_numbers(read: Read, section: str, key: str) -> None:
     for value in ("0", "-1", "1.5", "nan", '"many"'):
         assert any(fault.startswith(f"{section}.{key}: ") for fault in faults_of(read, f"{section}.{key}={value}"))

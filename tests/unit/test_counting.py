@@ -16,8 +16,24 @@ from megaspeech.model.speech_text_model import SpeechTextModel
 
 GROUPED = ["depth.num_query_groups=2", "depth.ffn_hidden_size=70", "streams.num_codebooks=3"]
 GROUPED += ["streams.delays=[0, 0, 1, 1, 0, 1, 1, 1]", "streams.text_cardinality=60"]
-SHAPES = {"tiny": ("tiny", []), "digits": ("digits", []), "all different": ("tiny", GROUPED)}
+SHARED = ["depth.weights_per_step_schedule=[0, 1, 2, 2]", "depth.multi_linear=false", "depth.low_rank_embeddings=8"]
+SHAPES = {
+    "tiny": ("tiny", []),
+    "digits": ("digits", []),
+    "all different": ("tiny", GROUPED),
+    "shared depth weights": ("tiny", SHARED),
+    "a set for several": ("tiny", SHARED[:1]),
+    "text alone": ("tiny", ["streams.num_codebooks=0", "streams.delays=[0, 0, 1, 1, 1]"]),
+}
 EXPERTS = {"experts": ("tiny-moe", ["temporal.num_moe_experts=3"])}
+ATTENTION = {  # as of text models
+    "biases": ("tiny", ["temporal.add_qkv_bias=true"]),
+    "norms, wide heads": ("tiny", ["temporal.qk_layernorm=true", "temporal.kv_channels=24"]),
+    "all of it, experts": (
+        "tiny-moe",
+        ["temporal.add_qkv_bias=true", "temporal.qk_layernorm=true", "temporal.kv_channels=10"],
+    ),
+}
 
 
 HAND = {
@@ -43,13 +59,13 @@ def test_the_larger_presets(preset: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize("name", SHAPES | EXPERTS)
+@pytest.mark.parametrize("name", SHAPES | EXPERTS | ATTENTION)
 def test_parameters_equal_those_of_the_model(name: str, tmp_path: Path) -> None:
-    preset, overrides = (SHAPES | EXPERTS)[name]
+    preset, overrides = (SHAPES | EXPERTS | ATTENTION)[name]
     config = make_config(tmp_path, *overrides, preset=preset)
     model = SpeechTextModel(config, pre_process=True, post_process=True)
     built = {
-        part: sum(parameter.numel() for parameter in module.parameters())
+        part: sum(parameter.numel() for parameter in module.parameters()) if module else 0
         for part, module in (
             ("embedding", model.embedding),
             ("temporal", model.temporal),
@@ -61,7 +77,7 @@ def test_parameters_equal_those_of_the_model(name: str, tmp_path: Path) -> None:
     read = streams.cardinalities[: streams.num_codebooks]
     for part, cardinalities, width in (
         ("embedding", streams.cardinalities, config.temporal.hidden_size),
-        ("depth", read, config.depth.hidden_size),
+        ("depth", read, config.depth.low_rank_embeddings or config.depth.hidden_size),
     ):
         built[part] -= (padded_rows(cardinalities) - sum(cardinalities) - len(cardinalities)) * width
     assert count_parameters(config) == built
@@ -81,7 +97,7 @@ def test_parameters_equal_those_of_the_runtime(name: str, tmp_path: Path) -> Non
     runtime = load_runtime(write_moshi(model.state_dict(), tmp_path / "export", config=config))
     parts = {"emb": "embedding", "text_emb": "embedding", "transformer": "temporal", "out_norm": "temporal"}
     parts["text_linear"] = "text_head"
-    counted: dict[str, int] = {}
+    counted = {"depth": 0}
     for key, parameter in runtime.named_parameters():
         part = parts.get(key.split(".")[0], "depth")
         counted[part] = counted.get(part, 0) + parameter.numel()
@@ -113,10 +129,10 @@ def test_flops_of_a_sample_longer_than_the_window(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", [*SHAPES, "biases", "norms, wide heads"])
 def test_matrix_products_equal_those_that_are_run(name: str, tmp_path: Path) -> None:
     """torch counts the products of a forward pass; attention's own are taken off, torch counts both halves of them."""
-    preset, overrides = SHAPES[name]
+    preset, overrides = (SHAPES | ATTENTION)[name]
     config = make_config(tmp_path, *overrides, preset=preset)
     model = SpeechTextModel(config, pre_process=True, post_process=True)
     batch, frames = 2, 8
@@ -125,7 +141,8 @@ def test_matrix_products_equal_those_that_are_run(name: str, tmp_path: Path) -> 
         model(codes_BST, torch.ones(batch, 1 + config.streams.num_codebooks, frames))
     products = sum(count for op, count in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
     seen, codebooks = (frames + 1) / 2, config.streams.num_codebooks
-    scores = 2 * config.temporal.num_layers * 2 * config.temporal.hidden_size * seen
+    attended = config.temporal.num_attention_heads * config.temporal.head_width
+    scores = 2 * config.temporal.num_layers * 2 * attended * seen
     scores += 2 * codebooks * config.depth.num_layers * 2 * config.depth.hidden_size * (codebooks + 1) / 2
     # A delayed codebook's first frames are initial tokens without weight, but the frame enters with the others.
     assert products == batch * frames * (sum(count_flops(config, num_frames=frames).values()) - scores)

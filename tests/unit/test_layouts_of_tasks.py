@@ -36,7 +36,7 @@ WORDS = st.lists(
 def samples(draw: st.DrawFn) -> dict:
     """What goes into one sample: a task, streams, delays, words at frames, audio in which no code comes twice."""
     task = Task(draw(st.sampled_from(TASKS)), "en", "ja")
-    own, given_ = draw(st.integers(1, 3)), draw(st.integers(0, 3))
+    own, given_ = draw(st.integers(int(task.speaks), 3)), draw(st.integers(0, 3))
     delays = draw(st.lists(st.integers(0, 3), min_size=own + given_, max_size=own + given_))
     streams = StreamsSection(
         text_cardinality=TEXT,
@@ -162,3 +162,15 @@ def test_the_header_of_a_shard_names_the_task() -> None:
         assert Task.parse(synthetic_header(Task(name, "ja", "en").key, streams=streams).task).name == name
     with pytest.raises(ValueError, match="no task"):
         Task.parse("speech")
+
+
+def test_a_model_without_codebooks_of_its_own_is_not_asked_to_speak() -> None:
+    streams = StreamsSection(
+        text_cardinality=TEXT, num_codebooks=0, num_given_codebooks=3, cardinality=CODES, delays=(0, 0, 1, 1)
+    )
+    options = {"text": np.array(PROMPT), "silence": SILENCE, "timing": Timing(), "streams": streams}
+    assert lay_out(Task("st", "en", "ja"), heard=np.ones((3, 4), int), spoken=None, **options).shape == (4, 9)
+    with pytest.raises(
+        ValueError, match="task tts-en: speaks, but streams.num_codebooks = 0; give the model codebooks"
+    ):
+        lay_out(Task("tts", "en", "en"), heard=None, spoken=np.ones((3, 4), int), **options)

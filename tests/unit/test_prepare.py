@@ -268,20 +268,20 @@ def test_codec_and_tokenizer_that_the_streams_do_not_hold_are_refused(
     assert all(word in str(caught.value) for word in words)
 
 
-@pytest.mark.parametrize("given", [0, 3])
-def test_fewer_codebooks_may_be_heard_than_said(
-    tmp_path: Path, codec: SpectralCodec, tokenizer: Tokenizer, given: int
+@pytest.mark.parametrize("own, given", [(4, 0), (4, 3), (0, 4)])
+def test_other_numbers_of_codebooks_may_be_heard_than_said(
+    tmp_path: Path, codec: SpectralCodec, tokenizer: Tokenizer, own: int, given: int
 ) -> None:
     """The first codebooks of a residual codec are a codec: the shard can be trained on."""
-    delays = [0, 0, 1, 1, 1, *[0, 1, 1][:given]]
+    delays = [0, *[0, 1, 1, 1][:own], *[0, 1, 1, 1][:given]]
     path = record(tmp_path, "x", seconds=1.0)
-    overrides = (f"streams.num_given_codebooks={given}", f"streams.delays={delays}")
-    config = make_project(tmp_path, *overrides, a=[line(path.name)])
+    sizes = (f"streams.num_codebooks={own}", f"streams.num_given_codebooks={given}")
+    config = make_project(tmp_path, *sizes, f"streams.delays={delays}", a=[line(path.name)])
     prepare(config, codec=codec, tokenizer=tokenizer)
     item = ShardSamples(tmp_path / "shards/train", name="a/asr-en", config=config)[0]
-    assert item["codes"].shape[0] == 5 + given and item["weights"].shape[0] == 5
+    assert item["codes"].shape[0] == 1 + own + given and item["weights"].shape[0] == 1 + own
     codes, _ = encode_recordings([Recording(path)], codec=codec)
-    assert np.array_equal(item["codes"][5:, 2:15], codes[Recording(path)][:given])
+    assert np.array_equal(item["codes"][1 + own :, 2:15], codes[Recording(path)][:given])
 
 
 def test_an_estimate_holds(tmp_path: Path, codec: SpectralCodec, tokenizer: Tokenizer) -> None:
