@@ -21,6 +21,7 @@ from megaspeech.streaming.evaluation import Evaluator, first_of_each_task
 from megaspeech.streaming.folder import ServedFolder, open_folder
 from megaspeech.streaming.manifests import read_manifests
 from megaspeech.streaming.runtime import random_runtime
+from megaspeech.streaming.session import Clock
 
 if TYPE_CHECKING:
     from moshi.models import LMModel
@@ -79,6 +80,7 @@ def add_answers(
     manifests: Sequence[Path],
     num_utterances: int,
     batches: Sequence[int],
+    clock: Clock,
     advance: Callable[[str], None],
 ) -> None:
     """Latencies of real answers to manifests; nothing where there is no manifest.
@@ -89,6 +91,7 @@ def add_answers(
         manifests: to ask; without any, the validation manifests of the run, as far as they are here.
         num_utterances: of each task.
         batches: numbers of sessions.
+        clock: gives seconds.
         advance: told what is begun.
 
     Raises:
@@ -105,7 +108,7 @@ def add_answers(
         manifests = [Path(name) for name in names if name and Path(name).is_file()]
     read, _ = read_manifests(manifests)
     codes, _ = encode_recordings(recordings_of(read), codec=model.served.codec)
-    evaluator = Evaluator(model.served)
+    evaluator = Evaluator(model.served, clock=clock)
     asked = first_of_each_task(evaluator.requests(read, codes), num_utterances)
     for batch_size in batches if asked else ():
         advance(f"answers to {len(asked)} utterances, {batch_size} at a time")

@@ -22,6 +22,7 @@ from megaspeech.codecs.protocol import Codec
 from megaspeech.kernels.benchmarks.measuring import quantiles_ms, rate
 from megaspeech.kernels.benchmarks.rows import MEASURED
 from megaspeech.streaming.runtime import import_moshi, make_generator
+from megaspeech.streaming.session import Clock
 
 if TYPE_CHECKING:
     from moshi.models import LMModel
@@ -115,7 +116,14 @@ def of_random_mimi(num_codebooks: int, *, device: torch.device) -> Coding:
 
 
 @torch.no_grad()
-def time_frames(lm: LMModel, *, batch_size: int, num_frames: int, coding: Coding | None = None) -> Timed:
+def time_frames(
+    lm: LMModel,
+    *,
+    batch_size: int,
+    num_frames: int,
+    coding: Coding | None = None,
+    clock: Clock = time.perf_counter,
+) -> Timed:
     """Serve `batch_size` sessions in one batch for `num_frames` frames after `WARM_UP`, as fast as it goes.
 
     Args:
@@ -123,6 +131,7 @@ def time_frames(lm: LMModel, *, batch_size: int, num_frames: int, coding: Coding
         batch_size: B.
         num_frames: that are timed.
         coding: the codec in the loop; without one, codes are given and nothing is decoded.
+        clock: gives seconds.
     """
     device, num_heard = lm.device, lm.n_q - lm.dep_q
     heard_BQ = torch.randint(lm.card, (batch_size, num_heard), device=device)
@@ -130,10 +139,10 @@ def time_frames(lm: LMModel, *, batch_size: int, num_frames: int, coding: Coding
     generator = make_generator(lm)
 
     def clocked(place: tuple[int, int], call: Callable[[], Tensor | None]) -> Tensor | None:
-        started = time.perf_counter()
+        started = clock()
         result = call()
         _wait(device)
-        seconds[place] = time.perf_counter() - started
+        seconds[place] = clock() - started
         return result
 
     with coding(batch_size) if coding else nullcontext() as coder, generator.streaming(batch_size):

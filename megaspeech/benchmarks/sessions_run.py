@@ -27,7 +27,7 @@ from megaspeech.data.tasks import Task
 from megaspeech.kernels.benchmarks.aims import worst_of
 from megaspeech.preparation.compose import timing_of
 from megaspeech.streaming.latency import Latency, summarise
-from megaspeech.streaming.session import acoustic_delay
+from megaspeech.streaming.session import Clock, acoustic_delay
 
 if TYPE_CHECKING:
     from moshi.models import LMModel
@@ -86,6 +86,7 @@ def measure(
     batches: Sequence[int],
     num_frames: int,
     codings: dict[str, Coding | None],
+    clock: Clock,
     advance: Callable[[str], None],
 ) -> None:
     """Fill in rows and latencies by delays. What does not fit the memory is a row that says so.
@@ -97,12 +98,13 @@ def measure(
         batches: numbers of sessions.
         num_frames: that are timed for each.
         codings: codecs in the loop by name; of "" None.
+        clock: gives seconds.
         advance: told what is begun.
     """
     for codec, coding in codings.items():
         for batch_size in batches:
             advance(_sessions(batch_size) + (f", {codec} in the loop" if codec else ""))
-            timed, peak = _timed(lm, batch_size=batch_size, num_frames=num_frames, coding=coding)
+            timed, peak = _timed(lm, batch_size=batch_size, num_frames=num_frames, coding=coding, clock=clock)
             shared = {"frame_rate": report.frame_rate, "bandwidth": report.bandwidth, "peak_bytes": peak}
             report.rows.append(row_of(lm, timed, batch_size=batch_size, codec=codec, **shared))
             if isinstance(timed, Timed) and codec == list(codings)[-1]:
@@ -178,12 +180,12 @@ def _sessions(batch_size: int) -> str:
     return "1 session" if batch_size == 1 else f"{batch_size} sessions"
 
 
-def _timed(lm: LMModel, *, batch_size: int, num_frames: int, coding: Coding | None) -> tuple[Timed | str, int | None]:
+def _timed(lm: LMModel, *, batch_size: int, **options: Any) -> tuple[Timed | str, int | None]:
     on_accelerator = lm.device.type != "cpu"
     if on_accelerator:
         torch.accelerator.reset_peak_memory_stats(lm.device)
     try:
-        timed = time_frames(lm, batch_size=batch_size, num_frames=num_frames, coding=coding)
+        timed = time_frames(lm, batch_size=batch_size, **options)
     except torch.OutOfMemoryError:
         if on_accelerator:
             torch.accelerator.empty_cache()

@@ -22,7 +22,7 @@ from megaspeech.preparation.utterance import Utterance
 from megaspeech.streaming.folder import ServedFolder
 from megaspeech.streaming.latency import Latency, speech_latency, summarise, text_latency
 from megaspeech.streaming.scoring import answer_text
-from megaspeech.streaming.session import Answer, Request, acoustic_delay, answer
+from megaspeech.streaming.session import Answer, Clock, Request, acoustic_delay, answer
 
 Item = TypeVar("Item", "Asked", "Evaluated")
 Progress = Callable[[Iterable], Iterable]
@@ -58,9 +58,11 @@ class Evaluator:
 
     Args:
         served: see `folder.open_folder`.
+        clock: gives seconds, by which steps and the codec are timed.
     """
 
-    def __init__(self, served: ServedFolder) -> None:
+    def __init__(self, served: ServedFolder, *, clock: Clock = time.perf_counter) -> None:
+        self.clock = clock
         self.lm, self.config, self.codec = served.lm, served.config, served.codec
         self.tokenizer, self.timing = served.tokenizer, timing_of(served.config)
 
@@ -129,6 +131,7 @@ class Evaluator:
             streams=self.config.streams,
             timing=self.timing,
             silence=self.codec.silence_codes.cpu().numpy(),
+            clock=self.clock,
         )
         for (utterance, _), one in zip(batch, answers, strict=True):
             waveform_N = self._decode(one.codes) if utterance.task.speaks else None
@@ -158,10 +161,15 @@ class Evaluator:
         decoder = self.codec.streaming_decoder(batch_size=batch_size)
         seconds = np.zeros((2, num_frames))
         for frame in range(num_frames):
-            seconds[0, frame] = _seconds(lambda: encoder.step(sound_BN).cpu())
-            seconds[1, frame] = _seconds(lambda: decoder.step(silence_BQ).cpu())
+            seconds[0, frame] = self._seconds(lambda: encoder.step(sound_BN).cpu())
+            seconds[1, frame] = self._seconds(lambda: decoder.step(silence_BQ).cpu())
         encode, decode = np.median(seconds, axis=1)
         return float(encode), float(decode) + decoder.delay / self.codec.sample_rate
+
+    def _seconds(self, call: Callable[[], object]) -> float:
+        started = self.clock()
+        call()
+        return self.clock() - started
 
     def _latency(self, result: Evaluated, *, decode_seconds: float) -> Latency | None:
         task = result.utterance.task
@@ -211,9 +219,3 @@ def _by_task(items: Iterable[Item]) -> dict[str, list[Item]]:
     for item in items:
         groups[item.utterance.task.key].append(item)
     return groups
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started

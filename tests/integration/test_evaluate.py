@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from native_folders import write_random
-from one_rank import make_config, one_rank  # noqa: F401  a fixture
+from one_rank import one_rank  # noqa: F401  a fixture
 from small_corpus import line, make_codec, make_tokenizer, record, write_manifest
 
 from megaspeech.conversion.served import converted, new_checkpoints, newest_checkpoint
@@ -33,9 +33,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_codec().save(folder / "codec")
     (folder / "tokenizer.model").write_bytes(make_tokenizer().model)
     paths = (f"codec.path={folder}/codec", f"data.tokenizer={folder}/tokenizer.model", "training.exit_step=4")
-    config = make_config(folder, *paths)
     for step in (2, 4):
-        write_random(folder / "run" / "checkpoints" / f"step_{step:08}", config=config)
+        write_random(folder / "run" / "checkpoints" / f"step_{step:08}", *paths)
     record(folder, "0", seconds=0.9)
     write_manifest(folder / "test.jsonl", [line("0.wav"), line("0.wav", task="tts"), line("none.wav")])
     return folder
@@ -52,7 +51,7 @@ def test_the_newest_checkpoint_of_a_run_is_evaluated(project: Path, tmp_path: Pa
     assert figures["tasks"].keys() == {"asr-en", "tts-en"} and figures["num_rejected"] == 1
     assert len((tmp_path / "out" / "answers.jsonl").read_text().splitlines()) == 2
     assert sorted(path.name for path in project.iterdir()) == [
-        "0.wav", "codec", "config.toml", "run", "test.jsonl", "tokenizer.model",
+        "0.wav", "codec", "run", "test.jsonl", "tokenizer.model",
     ], "what was converted is gone"  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -109,7 +110,13 @@ def test_what_does_not_fit_is_a_row_that_says_so(
 
     monkeypatch.setattr(sessions_run, "time_frames", starved)
     report = Report("tiny", "fp32", RATE, {"device": "cpu"}, 1e9)
-    options = {"batches": [1, 2], "num_frames": 4, "codings": {"": None}, "advance": lambda _: None}
+    options = {
+        "batches": [1, 2],
+        "num_frames": 4,
+        "codings": {"": None},
+        "clock": lambda: 0.0,
+        "advance": lambda _: None,
+    }
     sessions_run.measure(report, lm, config=make_config(tmp_path), **options)
     assert [row.status for row in report.rows] == ["measured", "out of memory"]
     assert {one.batch_size for one in report.latencies} == {1}
@@ -154,6 +161,15 @@ def test_a_mimi_of_full_size_is_served(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert codes.shape == (1, 4) and len(codes.unique()) > 1, "all entries would be one"
     timed = time_frames(lm, batch_size=1, num_frames=1, coding=coding)
     assert timed.encode[0] > 0 and timed.decode[0] > 0
+
+
+def test_cpu_time_leaves_out_what_others_do(lm: torch.nn.Module) -> None:
+    @contextmanager
+    def coding(batch_size: int):
+        yield Coder(lambda _: time.sleep(0.05) or torch.zeros(1, 4, dtype=torch.long), lambda codes: codes, 100)
+
+    assert time_frames(lm, batch_size=1, num_frames=1, coding=coding).encode[0] > 0.04
+    assert time_frames(lm, batch_size=1, num_frames=1, coding=coding, clock=time.process_time).encode[0] < 0.03
 
 
 def test_the_tool_on_a_preset(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
