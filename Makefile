@@ -44,6 +44,8 @@ gpu: ## what needs a GPU: its tests, recipes compared, the benchmarks (where CUD
 	$(PYTHON) $(STEP) --model 40b --layers 4 --sample-frames 1024 --recipe $(RECIPES) \
 	  --json docs/measurements/throughput_40b_4_layers.json
 	$(PYTHON) tools/measure_codecs.py --batches 1,8,32,128 --json docs/measurements/codec_speed_gpu.json
+	for model in 8b moshi-7b; do $(PYTHON) tools/measure_latency.py $$model --codec --batches 1,2,4,8,16,32,64 \
+	  --json docs/measurements/latency_$$model.json || exit 1; done
 
 # The digits to train on. Where espeak-ng or DALI is missing: carry runs/quickstart/{shards,codec,tokenizer.model} there.
 runs/quickstart/shards/rejected.jsonl:

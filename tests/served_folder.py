@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 from small_corpus import make_codec, make_tokenizer
 
-from megaspeech.checkpoint.moshi import moshi_config
 from megaspeech.config import read_config, write_config
+from megaspeech.conversion.moshi_config import moshi_config
 from megaspeech.streaming.folder import CODEC_FOLDER, RUN_FILE, TOKENIZER_FILE
-from megaspeech.streaming.runtime import CONFIG_FILE, WEIGHTS_FILE, import_moshi
+from megaspeech.streaming.runtime import CONFIG_FILE, WEIGHTS_FILE, random_runtime
 
 
 def make_served_folder(folder: Path, *overrides: str, preset: str = "tiny", is_ours: bool = True) -> Path:
@@ -31,7 +31,7 @@ def make_served_folder(folder: Path, *overrides: str, preset: str = "tiny", is_o
     values = {**moshi_config(config), "tokenizer_name": TOKENIZER_FILE}
     (folder / CONFIG_FILE).write_text(json.dumps(values))
     torch.manual_seed(1)
-    lm = import_moshi().loaders.get_moshi_lm(None, lm_kwargs=_arguments(values), dtype=torch.float32)
+    lm = random_runtime(values)
     with torch.no_grad():
         for name, weight in lm.named_parameters():
             if "emb" in name or ("depformer" in name and weight.dim() == 2):
@@ -44,8 +44,3 @@ def make_served_folder(folder: Path, *overrides: str, preset: str = "tiny", is_o
     else:
         file.unlink()
     return folder
-
-
-def _arguments(values: dict) -> dict:
-    """Those of `LMModel` in a config.json."""
-    return {key: value for key, value in values.items() if key not in ("model_type", "moshi_name", "tokenizer_name")}

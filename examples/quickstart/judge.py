@@ -2,14 +2,19 @@
 
 It shares nothing with what is trained, so it can say whether a synthesised string is intelligible. The acoustic model
 is the one inside the `pocketsphinx` wheel; nothing is downloaded.
+
+As a command it is a judge for `tools/evaluate.py --judge "python examples/quickstart/judge.py"`: paths of wavs on its
+standard input, a line of digits for each on its standard output.
 """
 
 import functools
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import soundfile
 import soxr
 from pocketsphinx import Decoder, get_model_path
 
@@ -98,3 +103,16 @@ def word_errors(reference: Sequence[str], hypothesis: Sequence[str]) -> int:
         for j, heard in enumerate(hypothesis, start=1):
             diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (wanted != heard))
     return row[-1]
+
+
+def main() -> int:
+    """Judge the wavs whose paths stand on standard input."""
+    judge = DigitJudge()
+    for line in sys.stdin:
+        samples, sample_rate = soundfile.read(line.rstrip("\n"))
+        print(" ".join(judge(samples, sample_rate)), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -30,7 +30,7 @@ def draw(
     draw_losses(directory / "train" / "metrics.jsonl", text_axes, audio_axes)
     spoken = next(result for result in results if result.utterance.task.key == "tts-en")
     reference = codec.decode(torch.from_numpy(codes[spoken.utterance.spoken])[None])[0].numpy()
-    said = " ".join(spoken.reference)
+    said = spoken.reference
     for place, (title, samples) in enumerate(
         ((f'held-out "{said}", through the codec', reference), (f'the model says "{said}"', spoken.waveform_N))
     ):

@@ -17,17 +17,14 @@ from rich.table import Table
 from tqdm import tqdm
 
 from megaspeech.codecs.protocol import Codec
-from megaspeech.codecs.registry import load_codec
 from megaspeech.config import Config
-from megaspeech.data.tokenizer import Tokenizer
 from megaspeech.model.counting import count_parameters
 from megaspeech.preparation.encoding import encode_recordings
 from megaspeech.preparation.manifests.nemo import read_manifest
 from megaspeech.preparation.reading import recordings_of
-from megaspeech.preparation.utterance import Utterance
-from megaspeech.streaming.evaluation import Evaluated, Evaluator
-from megaspeech.streaming.runtime import load_runtime
-from megaspeech.streaming.scoring import Score, result_entries, score, score_by_task
+from megaspeech.streaming.evaluation import Evaluated, Evaluator, first_of_each_task
+from megaspeech.streaming.folder import open_folder
+from megaspeech.streaming.scoring import Score, result_entries, score
 
 AIMS = {
     "asr_en_wer": 0.05,
@@ -38,27 +35,28 @@ AIMS = {
 LATENCY_UTTERANCES = 8
 
 
-def evaluate(directory: Path, config: Config, *, exported: Path) -> None:
+def evaluate(directory: Path, *, exported: Path) -> None:
     """Stream the held-out set through the runtime; writes answers.json, wav files and picture.png."""
     torch.set_num_threads(1)  # as it would be served, and small matrices gain nothing from a second one
-    codec, tokenizer = load_codec(config.codec.path), Tokenizer.load(config.data.tokenizer)
+    served = open_folder(exported)
+    evaluator, codec = Evaluator(served), served.codec
     utterances = read_manifest(directory / "corpus" / "test.jsonl")
     codes, _ = encode_recordings(recordings_of(utterances), codec=codec)
-    evaluator = Evaluator(load_runtime(exported), config=config, codec=codec, tokenizer=tokenizer)
-    results = evaluator.run(utterances, codes, progress=lambda batches: tqdm(batches, "batches of answers"))
+    asked = evaluator.requests(utterances, codes)
+    results = list(evaluator.answers(asked, progress=lambda batches: tqdm(batches, "batches of answers")))
     scores = _written_scores(results)
     judge = DigitJudge()
     scores.update(_spoken_scores(results, codes=codes, codec=codec, judge=judge))
 
-    some = _first_of_each_task(utterances, LATENCY_UTTERANCES)
-    latency = evaluator.latencies(some, codes, progress=lambda items: tqdm(items, "sessions timed one by one"))
+    some = first_of_each_task(asked, LATENCY_UTTERANCES)
+    latency = evaluator.latencies(some, progress=lambda items: tqdm(items, "sessions timed one by one"))
     _write_sound(results, directory / "spoken", sample_rate=codec.sample_rate)
-    picture.draw(directory, results, codes=codes, codec=codec, tokenizer=tokenizer, timing=evaluator.timing)
+    picture.draw(directory, results, codes=codes, codec=codec, tokenizer=served.tokenizer, timing=evaluator.timing)
     answers = {
         "scores": result_entries(scores),
         "latency_ms": {task.replace("-", "_"): value for task, value in latency.items()},
         "examples": [
-            _example(result, sample_rate=codec.sample_rate, judge=judge) for result in _first_of_each_task(results, 2)
+            _example(result, sample_rate=codec.sample_rate, judge=judge) for result in first_of_each_task(results, 2)
         ],
     }
     _write_json(directory / "answers.json", answers)
@@ -120,12 +118,11 @@ def show(results_file: Path) -> None:
 
 def _written_scores(results: list[Evaluated]) -> dict[str, Score]:
     """Of the text stream, for the tasks whose answer is text."""
-    written = [result for result in results if not result.utterance.task.speaks]
-    return score_by_task(
-        [result.utterance.task for result in written],
-        references=[result.reference for result in written],
-        hypotheses=[result.words for result in written],
-    )
+    by_task = defaultdict(list)
+    for result in results:
+        if not result.utterance.task.speaks:
+            by_task[result.utterance.task].append(result)
+    return {task.key: _score(group, [result.text for result in group]) for task, group in by_task.items()}
 
 
 def _spoken_scores(
@@ -135,37 +132,32 @@ def _spoken_scores(
     scores = {}
     for task in ("tts-en", "s2st-ja-en"):
         spoken = [result for result in results if result.utterance.task.key == task]
-        heard = [judge(result.waveform_N, codec.sample_rate) for result in spoken]
-        scores[task] = score([result.reference for result in spoken], heard)
+        scores[task] = _score(spoken, [" ".join(judge(result.waveform_N, codec.sample_rate)) for result in spoken])
         if task == "tts-en":
             trips = [codec.decode(torch.from_numpy(codes[result.utterance.spoken])[None])[0] for result in spoken]
-            heard = [judge(trip.numpy(), codec.sample_rate) for trip in trips]
-            scores["codec-en"] = score([result.reference for result in spoken], heard)
+            scores["codec-en"] = _score(spoken, [" ".join(judge(trip.numpy(), codec.sample_rate)) for trip in trips])
     return scores
+
+
+def _score(results: list[Evaluated], texts: list[str]) -> Score:
+    """Of one task's answers."""
+    return score([result.reference for result in results], texts, language=results[0].utterance.task.target)
 
 
 def _example(result: Evaluated, *, sample_rate: int, judge: DigitJudge) -> dict[str, str]:
     task = result.utterance.task
-    example = {"task": task.key, "reference": " ".join(result.reference), "written": " ".join(result.words)}
+    example = {"task": task.key, "reference": result.reference, "written": result.text}
     if task.speaks and task.target == "en":
         example["spoken"] = " ".join(judge(result.waveform_N, sample_rate))
     return example
 
 
-def _first_of_each_task(items: list, count: int) -> list:
-    """The first `count` utterances, or results, of each task."""
-    groups = defaultdict(list)
-    for item in items:
-        utterance = item if isinstance(item, Utterance) else item.utterance
-        groups[utterance.task.key].append(item)
-    return [item for group in groups.values() for item in group[:count]]
-
-
 def _write_sound(results: list[Evaluated], directory: Path, *, sample_rate: int) -> None:
     """The first few spoken answers of each task, named by what they should say."""
     directory.mkdir(exist_ok=True)
-    for result in _first_of_each_task([one for one in results if one.waveform_N is not None], 5):
-        name = f"{result.utterance.task.key}-{'-'.join(result.reference)}.wav"
+    spoken = [result for result in results if result.waveform_N is not None]
+    for result in first_of_each_task(spoken, 5):
+        name = f"{result.utterance.task.key}-{result.reference.replace(' ', '-')}.wav"
         soundfile.write(directory / name, np.asarray(result.waveform_N), sample_rate)
 
 

@@ -126,7 +126,7 @@ def _run(config, directory: Path, overrides: list[str], *, settings: list[str]) 
     results = directory / "results.json"
     stages.run(
         "streaming on the moshi runtime",
-        lambda: report.evaluate(directory, config, exported=exported),
+        lambda: report.evaluate(directory, exported=exported),
         done=(directory / "answers.json").is_file(),
     )
     report.write(directory, config, seconds=stages.seconds, layout=", then ".join(name for name, *_ in LAYOUTS))

@@ -17,7 +17,7 @@ from pathlib import Path
 import sentencepiece
 
 from megaspeech.config.schema import StreamsSection
-from megaspeech.data.tasks import Task, prompt_symbols
+from megaspeech.data.tasks import TASKS, Task, prompt_symbols
 
 SPACE = "\u2581"
 """How sentencepiece writes the space that a word begins with."""
@@ -150,6 +150,11 @@ class Tokenizer:
     def _has_symbol(self, symbol: str) -> bool:
         token = self.processor.piece_to_id(symbol)  # that of the unknown piece, where there is none
         return self.processor.id_to_piece(token) == symbol and self.processor.is_control(token)
+
+    @property
+    def knows_tasks(self) -> bool:
+        """Whether it has the prompt of any task."""
+        return any(self._has_symbol(f"<{task}>") for task in TASKS)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids of a text stream; prompts, PAD, EPAD and all else that is no text are dropped."""

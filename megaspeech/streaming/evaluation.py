@@ -1,111 +1,142 @@
-"""Score a held-out manifest on the runtime: answers, word error rates, what is said, response latency.
+"""Answers of a converted model to the utterances of manifests, and how soon they come.
 
-Error rates come from large batches, latencies from one session at a time, as it would be served.
+Answers come in large batches; latencies are measured with as many sessions as are to be served, one by default.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
-from megaspeech.codecs.protocol import Codec
-from megaspeech.config import Config
-from megaspeech.data.tokenizer import Tokenizer
 from megaspeech.preparation.compose import compose, timing_of
 from megaspeech.preparation.recording import Recording
+from megaspeech.preparation.sources import Refused
 from megaspeech.preparation.utterance import Utterance
+from megaspeech.streaming.folder import ServedFolder
 from megaspeech.streaming.latency import Latency, speech_latency, summarise, text_latency
-from megaspeech.streaming.scoring import answer_words
-from megaspeech.streaming.session import Answer, Request, acoustic_delay, answer
+from megaspeech.streaming.scoring import answer_text
+from megaspeech.streaming.session import Answer, Clock, Request, acoustic_delay, answer
 
-if TYPE_CHECKING:
-    from moshi.models import LMModel
-
+Item = TypeVar("Item", "Asked", "Evaluated")
 Progress = Callable[[Iterable], Iterable]
 BATCH = 60
 PATIENCE_FRAMES = 8
 """Frames that a speaking model gets beyond the length of the reference."""
 
 
+class Asked(NamedTuple):
+    """An utterance, and what the model is asked for it."""
+
+    utterance: Utterance
+    request: Request
+
+
 @dataclass(frozen=True, eq=False)
 class Evaluated:
-    """One held-out utterance and the model's answer.
+    """One utterance and the model's answer.
 
+    `reference` and `text`: what it should have written, in the tokenizer's normal form, and what it wrote.
     `waveform_N`: what it said, decoded, frame 0 of the answer at sample 0; None for tasks that do not speak.
     """
 
     utterance: Utterance
     answer: Answer
-    words: list[str]
+    reference: str
+    text: str
     waveform_N: np.ndarray | None
-
-    @property
-    def reference(self) -> list[str]:
-        """The words as they should be."""
-        return self.utterance.text.split()
 
 
 class Evaluator:
-    """An exported model with everything that a session needs.
+    """Answers of a converted model.
 
     Args:
-        lm: see `runtime.load_runtime`.
-        config: of the run that was exported.
-        codec, tokenizer: those of the run.
+        served: see `folder.open_folder`.
+        clock: gives seconds, by which steps and the codec are timed.
     """
 
-    def __init__(self, lm: LMModel, *, config: Config, codec: Codec, tokenizer: Tokenizer) -> None:
-        self.lm, self.config, self.codec, self.tokenizer = lm, config, codec, tokenizer
-        self.timing = timing_of(config)
+    def __init__(self, served: ServedFolder, *, clock: Clock = time.perf_counter) -> None:
+        self.clock = clock
+        self.lm, self.config, self.codec = served.lm, served.config, served.codec
+        self.tokenizer, self.timing = served.tokenizer, timing_of(served.config)
 
-    def run(
-        self, utterances: Sequence[Utterance], codes: Mapping[Recording, np.ndarray], *, progress: Progress = iter
-    ) -> list[Evaluated]:
-        """Answers to all utterances, in batches of one task, and what they say.
+    def requests(
+        self,
+        utterances: Iterable[Utterance],
+        codes: Mapping[Recording, np.ndarray],
+        *,
+        refuse: Callable[[Refused], object] = lambda _: None,
+    ) -> list[Asked]:
+        """What the model is asked, in the order of the utterances.
 
         Args:
-            utterances: a manifest.
+            utterances: of manifests.
             codes: of their recordings, see `preparation.encoding.encode_recordings`; utterances without are left
                 out.
-            progress: wraps the iteration over batches.
+            refuse: told of each other utterance that cannot be asked, and why.
         """
-        by_task: dict[str, list[Utterance]] = defaultdict(list)
+        asked = []
         for utterance in utterances:
             if all(one in codes for one in utterance.recordings):
-                by_task[utterance.task.key].append(utterance)
-        batches = [group[first : first + BATCH] for group in by_task.values() for first in range(0, len(group), BATCH)]
-        return [result for batch in progress(batches) for result in self._run_batch(batch, codes)]
+                try:
+                    asked.append(Asked(utterance, self._request(utterance, codes)))
+                except ValueError as error:
+                    refuse(Refused(place_of(utterance), str(error)))
+        return asked
 
-    def latencies(
-        self, utterances: Sequence[Utterance], codes: Mapping[Recording, np.ndarray], *, progress: Progress = iter
-    ) -> dict[str, dict]:
-        """Response latency by task key: `{"median", "p99", "median_parts"}` in ms, one session at a time."""
-        decode_seconds = self._decode_seconds()
+    def answers(
+        self, asked: Sequence[Asked], *, batch_size: int = BATCH, progress: Progress = iter
+    ) -> Iterator[Evaluated]:
+        """Answers, in batches of one task, and what they say.
+
+        Args:
+            asked: see `requests`.
+            batch_size: sessions at once.
+            progress: wraps the iteration over batches.
+        """
+        groups = _by_task(asked).values()
+        batches = [group[first : first + batch_size] for group in groups for first in range(0, len(group), batch_size)]
+        for batch in progress(batches):
+            yield from self._run_batch(batch)
+
+    def latencies(self, asked: Sequence[Asked], *, batch_size: int = 1, progress: Progress = iter) -> dict[str, dict]:
+        """Response latency by task key: `{"median", "p99", "median_parts"}` in ms.
+
+        Args:
+            asked: see `requests`; each once, or more often where they do not fill a batch.
+            batch_size: sessions that are served together, all from the same moment on.
+            progress: wraps the iteration over batches.
+        """
+        encode_seconds, decode_seconds = self._codec_seconds(batch_size)
         measured: dict[str, list[Latency]] = defaultdict(list)
-        for utterance in progress(utterances):
-            (result,) = self._run_batch([utterance], codes)
-            latency = self._latency(result, decode_seconds=decode_seconds)
-            measured[utterance.task.key].extend([latency] if latency else [])
+        for batch in progress(full_batches(asked, batch_size=batch_size)):
+            for result in self._run_batch(batch):
+                latency = self._latency(result, decode_seconds=decode_seconds)
+                if latency and result.utterance.task.hears:
+                    latency = replace(latency, compute=latency.compute + 1000 * encode_seconds)
+                measured[result.utterance.task.key].extend([latency] if latency else [])
         return {task: summarise(values) for task, values in measured.items()}
 
-    def _run_batch(self, batch: Sequence[Utterance], codes: Mapping[Recording, np.ndarray]) -> Iterator[Evaluated]:
+    def _run_batch(self, batch: Sequence[Asked]) -> Iterator[Evaluated]:
         answers = answer(
             self.lm,
-            [self._request(utterance, codes) for utterance in batch],
+            [one.request for one in batch],
             tokenizer=self.tokenizer,
             streams=self.config.streams,
             timing=self.timing,
-            silence=self.codec.silence_codes.numpy(),
+            silence=self.codec.silence_codes.cpu().numpy(),
+            clock=self.clock,
         )
-        for utterance, one in zip(batch, answers, strict=True):
-            waveform = self._decode(one.codes) if utterance.task.speaks else None
-            yield Evaluated(utterance, one, answer_words(one, tokenizer=self.tokenizer), waveform)
+        for (utterance, _), one in zip(batch, answers, strict=True):
+            waveform_N = self._decode(one.codes) if utterance.task.speaks else None
+            reference = self.tokenizer.normalise(utterance.text)
+            yield Evaluated(utterance, one, reference, answer_text(one, tokenizer=self.tokenizer), waveform_N)
 
     def _request(self, utterance: Utterance, codes: Mapping[Recording, np.ndarray]) -> Request:
         task, told = utterance.task, None
@@ -120,17 +151,25 @@ class Evaluator:
         )
 
     def _decode(self, codes_QT: np.ndarray) -> np.ndarray:
-        return self.codec.decode(torch.from_numpy(codes_QT)[None])[0].clamp(-1, 1).numpy()
+        return self.codec.decode(torch.from_numpy(codes_QT)[None])[0].clamp(-1, 1).cpu().numpy()
 
-    def _decode_seconds(self, *, num_frames: int = 20) -> float:
-        """By how much a decoded frame trails its codes: the streaming decoder's median time and its own delay."""
-        decoder, silence = self.codec.streaming_decoder(), self.codec.silence_codes[None]
-        seconds = []
-        for _ in range(num_frames):
-            started = time.perf_counter()
-            decoder.step(silence)
-            seconds.append(time.perf_counter() - started)
-        return float(np.median(seconds)) + decoder.delay / self.codec.sample_rate
+    def _codec_seconds(self, batch_size: int, *, num_frames: int = 20) -> tuple[float, float]:
+        """Median times of a frame of the streaming encoder and decoder, with the decoder's own delay added to its."""
+        silence_BQ = self.codec.silence_codes.expand(batch_size, -1)
+        sound_BN = torch.zeros(batch_size, self.codec.frame_size)
+        encoder = self.codec.streaming_encoder(batch_size=batch_size)
+        decoder = self.codec.streaming_decoder(batch_size=batch_size)
+        seconds = np.zeros((2, num_frames))
+        for frame in range(num_frames):
+            seconds[0, frame] = self._seconds(lambda: encoder.step(sound_BN).cpu())
+            seconds[1, frame] = self._seconds(lambda: decoder.step(silence_BQ).cpu())
+        encode, decode = np.median(seconds, axis=1)
+        return float(encode), float(decode) + decoder.delay / self.codec.sample_rate
+
+    def _seconds(self, call: Callable[[], object]) -> float:
+        started = self.clock()
+        call()
+        return self.clock() - started
 
     def _latency(self, result: Evaluated, *, decode_seconds: float) -> Latency | None:
         task = result.utterance.task
@@ -150,3 +189,33 @@ class Evaluator:
             decode_seconds=decode_seconds,
             **shared,
         )
+
+
+def place_of(utterance: Utterance) -> str:
+    """Where an utterance's audio lies, for people; the text of one without."""
+    if not utterance.recordings:
+        return repr(utterance.text)
+    recording = utterance.recordings[0]
+    return f"{recording.path}, from {recording.start:g} s" if recording.start else str(recording.path)
+
+
+def first_of_each_task(items: Iterable[Item], count: int) -> list[Item]:
+    """The first `count` requests, or answers, of each task."""
+    return [item for group in _by_task(items).values() for item in group[:count]]
+
+
+def full_batches(asked: Iterable[Item], *, batch_size: int) -> list[list[Item]]:
+    """Batches of one task each, all of `batch_size`: the first of a task come again where the last batch has room."""
+    batches = []
+    for group in _by_task(asked).values():
+        around = itertools.cycle(group)
+        num_batches = -(-len(group) // batch_size)
+        batches += [list(itertools.islice(around, batch_size)) for _ in range(num_batches)]
+    return batches
+
+
+def _by_task(items: Iterable[Item]) -> dict[str, list[Item]]:
+    groups: dict[str, list[Item]] = defaultdict(list)
+    for item in items:
+        groups[item.utterance.task.key].append(item)
+    return groups

@@ -20,7 +20,15 @@ from pydantic import ValidationError
 from megaspeech.codecs.protocol import Codec
 from megaspeech.codecs.registry import load_codec
 from megaspeech.config import Config, read_config
-from megaspeech.config.schema import SECTIONS, CodecSection, DepthSection, Section, StreamsSection, TemporalSection
+from megaspeech.config.schema import (
+    SECTIONS,
+    CodecSection,
+    DepthSection,
+    Section,
+    StreamsSection,
+    TemporalSection,
+    TransformerSection,
+)
 from megaspeech.data.tokenizer import Tokenizer
 from megaspeech.streaming.runtime import load_runtime, read_runtime_config
 from megaspeech.streaming.session import check_streams
@@ -29,6 +37,8 @@ if TYPE_CHECKING:
     from moshi.models import LMModel
 
 RUN_FILE, TOKENIZER_FILE, CODEC_FOLDER = "megaspeech.toml", "tokenizer.model", "codec"
+KYUTAI_TOKENIZER, KYUTAI_MIMI = "tokenizer_spm_32k_3.model", "tokenizer-e351c8d8-checkpoint125.safetensors"
+"""What moshi takes them to be called (moshi/models/loaders.py) where a config.json does not say."""
 CONVERT = "tools/convert_checkpoint.py"
 
 
@@ -41,7 +51,8 @@ class ServedFolder:
         config: of the run, or of the model alone; `codec.path` and `data.tokenizer` name the files of this folder.
         codec: with as many codebooks as the model hears or says, whichever is more.
         tokenizer: of the text stream.
-        knows_tasks: whether it was trained on the prompts of tasks, with the delays of `config.data`.
+        knows_tasks: whether it was trained on the prompts of tasks, with the delays of `config.data`: there is a run's
+            config, and the tokenizer has prompts. Moshi itself has none.
     """
 
     lm: LMModel
@@ -70,8 +81,7 @@ def open_folder(
         raise ValueError(f"{path}: there is no such folder; make it with {CONVERT} --to moshi")
     values = read_runtime_config(path)
     tokenizer_file = _tokenizer_file(path, values)
-    knows_tasks = (path / RUN_FILE).is_file()
-    run = read_config(path / RUN_FILE) if knows_tasks else None
+    run = read_config(path / RUN_FILE) if (path / RUN_FILE).is_file() else None
     codec_section = _codec_section(path, values, run=run)
     lm = load_runtime(path, device=device, dtype=dtype)
     config = run or _config_of(lm, source=path)
@@ -84,11 +94,12 @@ def open_folder(
         codec = _open_codec(config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    knows_tasks = run is not None and tokenizer.knows_tasks
     return ServedFolder(lm, config, codec.to(device), tokenizer, knows_tasks=knows_tasks)
 
 
 def _tokenizer_file(path: Path, values: dict[str, Any]) -> Path:
-    file = path / values.get("tokenizer_name", TOKENIZER_FILE)
+    file = _named(path, values.get("tokenizer_name"), TOKENIZER_FILE, KYUTAI_TOKENIZER)
     if not file.is_file():
         raise ValueError(f"{file}: there is no such file; convert with {CONVERT} --tokenizer FILE, or put it there")
     return file
@@ -96,13 +107,19 @@ def _tokenizer_file(path: Path, values: dict[str, Any]) -> Path:
 
 def _codec_section(path: Path, values: dict[str, Any], *, run: Config | None) -> CodecSection:
     """The codec's kind and where it lies in this folder."""
-    folder, mimi = path / CODEC_FOLDER, path / values.get("mimi_name", CODEC_FOLDER)
-    if folder.is_dir():
-        return CodecSection(name=run.codec.name if run else "mimi", path=str(folder))
-    if mimi.is_file():
-        return CodecSection(name="mimi", path=str(mimi))
-    wanted = mimi if "mimi_name" in values else folder
-    raise ValueError(f"{wanted}: there is no codec; convert with {CONVERT} --codec, or put the codec there")
+    codec = _named(path, values.get("mimi_name"), CODEC_FOLDER, KYUTAI_MIMI)
+    if codec.is_dir():
+        return CodecSection(name=run.codec.name if run else "mimi", path=str(codec))
+    if codec.is_file():
+        return CodecSection(name="mimi", path=str(codec))
+    raise ValueError(f"{codec}: there is no codec; convert with {CONVERT} --codec PATH, or put the codec there")
+
+
+def _named(path: Path, name: str | None, ours: str, kyutais: str) -> Path:
+    """What a config.json names, else what lies there under our name, or under the one that moshi takes."""
+    if name is None:
+        name = kyutais if (path / kyutais).is_file() and not (path / ours).exists() else ours
+    return path / name
 
 
 def _open_codec(config: Config) -> Codec:
@@ -136,7 +153,7 @@ def _config_of(lm: LMModel, *, source: Path) -> Config:
             "temporal": TemporalSection(
                 **_shape(lm.transformer), context=lm.context, rotary_base=int(lm.transformer.max_period)
             ),
-            "depth": DepthSection(**_shape(lm.depformer)),
+            "depth": _depth_of(lm),
         }
     except ValidationError as error:
         (fault, *_) = error.errors()
@@ -146,6 +163,16 @@ def _config_of(lm: LMModel, *, source: Path) -> Config:
         ) from error
     sections: dict[str, Section] = {name: known.get(name) or section() for name, section in SECTIONS.items()}
     return Config(**sections)
+
+
+def _depth_of(lm: LMModel) -> DepthSection:
+    if lm.depformer is None:  # a shape that nothing is made of
+        return DepthSection(**dict.fromkeys(TransformerSection.model_fields, 1))
+    return DepthSection(
+        **_shape(lm.depformer),
+        multi_linear=lm.depformer_multi_linear,
+        weights_per_step_schedule=lm.depformer_weights_per_step_schedule,
+    )
 
 
 def _shape(transformer: torch.nn.Module) -> dict[str, int]:

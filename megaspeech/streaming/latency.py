@@ -16,7 +16,7 @@ word, where training put it: the first sound from there on.
 A sample of frame s can be played once the most delayed own codebook of frame s is there, at the end of step
 s + acoustic delay, and decoded; a sample inside a frame plays as much later as it lies behind the frame's start.
 
-**Parts**, which sum to the total: `acoustic_delay`: delay of the model's codebooks; `compute`: the step, the decoder,
+**Parts**, which sum to the total: `acoustic_delay`: delay of the model's codebooks; `compute`: encoder, step, decoder,
 and what the machine is behind; `task_delay`: all the rest, what data and model chose to wait (the data's task delay
 counts from the *frame* in which the word ends, so up to one frame less is waited from its end; it also holds the
 frames of a word's further pieces, and time that the model takes of its own accord, and is negative where the model

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +22,8 @@ MOSHI_VERSION = "0.2.13"
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+NOT_ARGUMENTS = ("model_type", "moshi_name", "mimi_name", "tokenizer_name", "lora_name", "lm_gen_config")
+"""Keys of a config.json that are no arguments of `LMModel`."""
 
 
 def import_moshi(device: str | torch.device = "cpu") -> ModuleType:
@@ -85,6 +87,20 @@ def load_runtime(
             f"{directory}: {CONFIG_FILE} and {weights.name} do not make a model that moshi {MOSHI_VERSION} can load "
             f"({type(error).__name__}: {error}); export the checkpoint again"
         ) from error
+
+
+def random_runtime(
+    values: Mapping[str, Any], *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> LMModel:
+    """A model of the shape that a `config.json` describes, made where it is to lie, with random weights.
+
+    Args:
+        values: of the config; what the runtime's loader reads for itself is left out.
+        device: where the model goes; the host holds no copy of its layers.
+        dtype: of the weights.
+    """
+    arguments = {key: value for key, value in values.items() if key not in NOT_ARGUMENTS}
+    return import_moshi(device).loaders.get_moshi_lm(None, lm_kwargs=arguments, device=device, dtype=dtype)
 
 
 def make_generator(

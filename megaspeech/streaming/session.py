@@ -9,9 +9,9 @@ Axes: B requests of a batch, Q codebooks of one speaker, T frames of an answer.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from megaspeech.streaming.steering import TextScript, TextSteering
 
 if TYPE_CHECKING:
     from moshi.models import LMModel
+
+Clock: TypeAlias = Callable[[], float]
+"""Gives seconds: `time.perf_counter`, or on a shared CPU `time.process_time`, which does not run while others do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +67,7 @@ def answer(
     streams: StreamsSection,
     timing: Timing,
     silence: np.ndarray,
+    clock: Clock = time.perf_counter,
 ) -> list[Answer]:
     """Answer `requests` as one batch, greedily.
 
@@ -76,6 +80,7 @@ def answer(
         streams: the streams that `lm` was trained on.
         timing: the delays that `lm` was trained on.
         silence: the codec's codes for silence, one a codebook; heard after the audio has ended.
+        clock: gives seconds, by which steps are timed.
 
     Raises:
         ValueError: `streams` or the tokenizer are not the model's, or a request does not fit its task or the streams.
@@ -92,7 +97,7 @@ def answer(
     )
     scripts = [TextScript(tokenizer.encode_prompt(r.task), words=r.words, streams=streams) for r in requests]
     steering = TextSteering(scripts, streams=streams, device=lm.device)
-    text_TB, codes_TBQ, seconds_T = _stream(lm, given_BQT, steering=steering)
+    text_TB, codes_TBQ, seconds_T = _stream(lm, given_BQT, steering=steering, clock=clock)
     codes_BQT = _undelay(codes_TBQ, delays=streams.delays[1 : 1 + streams.num_codebooks])
     return [
         Answer(text_TB[:n, b], codes_BQT[b, :, :n], seconds_T[:n])
@@ -172,7 +177,9 @@ def _given_streams(
     return codes[1 + streams.num_codebooks :, :num_steps]
 
 
-def _stream(lm: LMModel, given_BQT: np.ndarray, *, steering: TextSteering) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _stream(
+    lm: LMModel, given_BQT: np.ndarray, *, steering: TextSteering, clock: Clock
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Text `[steps, B]`, own codes as generated (delayed) `[steps, B, Q]`, seconds `[steps]`.
 
     Tokens are taken in the hooks, where they are made: what `LMGen.step` returns is held back by the largest delay.
@@ -196,11 +203,11 @@ def _stream(lm: LMModel, given_BQT: np.ndarray, *, steering: TextSteering) -> tu
     seconds = np.zeros(num_steps)
     with generator.streaming(batch_size):
         for step in range(num_steps):
-            start = time.perf_counter()
+            start = clock()
             generator.step(torch.from_numpy(heard_BQT[:, :, step : step + 1]).to(lm.device))
             if lm.device.type == "cuda":
                 torch.cuda.synchronize(lm.device)
-            seconds[step] = time.perf_counter() - start
+            seconds[step] = clock() - start
     none = torch.zeros(num_steps, batch_size, 0, dtype=torch.long)  # of a model that writes text alone
     return torch.stack(texts).cpu().numpy(), (torch.stack(codes) if codes else none).cpu().numpy(), seconds
 

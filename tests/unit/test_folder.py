@@ -64,6 +64,16 @@ def test_a_folder_of_others_is_known_by_its_model_alone(tmp_path: Path) -> None:
     assert (other.codec.frame_rate, other.codec.num_codebooks, other.codec.cardinality) == (12.5, 4, 2048)
 
 
+def test_files_that_no_config_names_are_found_by_moshis_names(tmp_path: Path) -> None:
+    folder = make_served_folder(tmp_path / "model", "streams.cardinality=2048", is_ours=False)
+    _mimi_in_place_of_spectral(folder)
+    (folder / "mimi.safetensors").rename(folder / "tokenizer-e351c8d8-checkpoint125.safetensors")
+    (folder / "tokenizer.model").rename(folder / "tokenizer_spm_32k_3.model")
+    _edit(folder, mimi_name=None, tokenizer_name=None)
+    other = open_folder(folder)
+    assert other.config.data.tokenizer.endswith("tokenizer_spm_32k_3.model") and other.codec.cardinality == 2048
+
+
 def test_a_codec_of_other_codebooks_is_refused(folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(folder, tmp_path / "model")
     (copy / "megaspeech.toml").unlink()

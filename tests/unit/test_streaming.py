@@ -17,7 +17,7 @@ from megaspeech.data.tasks import PROMPT_FRAMES, Task, Timing, lay_out, text_str
 from megaspeech.data.tokenizer import Tokenizer, train_tokenizer
 from megaspeech.data.transcript import written_words
 from megaspeech.streaming import runtime
-from megaspeech.streaming.scoring import answer_words
+from megaspeech.streaming.scoring import answer_text
 from megaspeech.streaming.session import Answer, Request, acoustic_delay, answer
 from megaspeech.streaming.steering import PATIENCE, TextScript
 
@@ -162,7 +162,7 @@ def test_heard_audio_reaches_the_model_in_its_frame_and_not_before(models, token
 def test_tts_writes_the_words_it_is_given(models, tokenizer) -> None:
     request = three_requests(tokenizer)[1]
     got = run(models[UNDELAYED], [dataclasses.replace(request, num_frames=90)], tokenizer, UNDELAYED)[0]
-    assert answer_words(got, tokenizer=tokenizer) == ["three", "seven", "zero"]
+    assert answer_text(got, tokenizer=tokenizer) == "three seven zero"
     assert [word.word for word in written_words(got.text, tokenizer=tokenizer)] == ["three", "seven", "zero"]
 
 

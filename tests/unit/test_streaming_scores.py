@@ -34,33 +34,40 @@ def tokenizer() -> Tokenizer:
 # ---- scoring -------------------------------------------------------------------------------------------------------
 
 
-def test_word_error_rate_counts_over_the_corpus() -> None:
-    references = [["one", "two", "three"], ["four"], ["五", "六"]]
-    assert scoring.word_error_rate(references, references) == 0.0
+def test_errors_are_counted_over_the_corpus() -> None:
+    references = ["one two three", "four", "五 六"]
+    assert scoring.score(references, references, language="en").word_error_rate == 0.0
     # one substitution; one deletion (empty hypothesis); one insertion
-    hypotheses = [["one", "nine", "three"], [], ["五", "五", "六"]]
-    assert scoring.word_error_rate(references, hypotheses) == pytest.approx(3 / 6)
+    found = scoring.score(references, ["one nine three", "", "五 五 六"], language="en")
+    assert (found.num_samples, found.num_words, found.num_word_errors) == (3, 6, 3)
+    assert found.word_error_rate == pytest.approx(3 / 6)
 
 
-def test_word_error_rate_of_empty_sides() -> None:
-    assert scoring.word_error_rate([["one"], []], [["one"], ["two", "two"]]) == pytest.approx(2.0)
-    assert scoring.word_error_rate([["one"], []], [[], []]) == 1.0
-    with pytest.raises(ValueError, match="no reference holds a word"):
-        scoring.word_error_rate([[]], [["one"]])
+def test_errors_of_empty_sides() -> None:
+    assert scoring.score(["one", ""], ["one", "two two"], language="en").word_error_rate == pytest.approx(2.0)
+    assert scoring.score(["one", ""], ["", ""], language="en").word_error_rate == 1.0
+    assert scoring.score([""], ["one"], language="en").word_error_rate is None
     with pytest.raises(ValueError, match="1 references but 2 hypotheses"):
-        scoring.word_error_rate([["one"]], [["one"], []])
+        scoring.score(["one"], ["one", ""], language="en")
 
 
-def test_scores_by_task() -> None:
-    scores = scoring.score_by_task(
-        [ASR, ST, ASR], references=[["one"], ["two", "two"], ["six"]], hypotheses=[["one"], ["two"], ["five"]]
-    )
-    assert scoring.result_entries(scores) == {"asr_en_wer": 0.5, "st_ja_en_wer": 0.5}
-    assert scores["asr-en"] == scoring.Score(num_samples=2, num_words=2, num_errors=1)
-    assert "st-ja-en" in scoring.format_table(scores) and "50.0%" in scoring.format_table(scores)
+def test_characters_count_spaces_only_where_words_have_them() -> None:
+    """ "a b" lacks one of three characters to "ab"; 今日 は lacks none to 今日は."""
+    english = scoring.score(["a b"], ["ab"], language="en")
+    assert (english.num_characters, english.num_character_errors) == (3, 1)
+    japanese = scoring.score(["今日 は 晴れ"], ["今日は雨"], language="ja")
+    assert (japanese.num_characters, japanese.num_character_errors) == (5, 2)
 
 
-# ---- transcript and latency ----------------------------------------------------------------------------------------
+def test_plain_text() -> None:
+    assert scoring.plain("Don\u2019t  STOP, twenty-one! Straße") == "dont stop twenty one strasse"
+    assert scoring.plain("今日は、晴れ。") == "今日は 晴れ"
+    assert scoring.score(["Yes, I do."], ["yes i do"], language="en").num_character_errors == 0
+
+
+def test_entries_of_results() -> None:
+    found = scoring.score(["one two"], ["one"], language="en")
+    assert scoring.result_entries({"st-ja-en": found}) == {"st_ja_en_wer": 0.5}
 
 
 def written(tokenizer: Tokenizer, task: Task, words: list[tuple[int, str]], *, step: float = 0.01) -> Answer:
@@ -92,7 +99,7 @@ def test_written_words_and_their_frames(tokenizer) -> None:
     first, second, third = written_words(got.text, tokenizer=tokenizer)
     assert (first.word, first.first_frame) == ("six", 5) and (second.word, second.first_frame) == ("two", 20)
     assert third == WrittenWord("seven", 30, 36)
-    assert scoring.answer_words(got, tokenizer=tokenizer) == ["six", "two", "seven"]
+    assert scoring.answer_text(got, tokenizer=tokenizer) == "six two seven"
 
 
 def test_text_latency_counts_from_the_end_of_the_word(tokenizer) -> None:
