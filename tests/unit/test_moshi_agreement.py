@@ -49,6 +49,12 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     ),
     # int(396 / 184 * 184) is 395.
     "a width whose hidden_scale rounds down": ("tiny", ["temporal.hidden_size=184", "temporal.ffn_hidden_size=264"]),
+    "text alone": ("tiny", ["streams.num_codebooks=0", "streams.delays=[0, 0, 1, 2, 0]"]),
+    "one codebook": ("tiny", ["streams.num_codebooks=1", "streams.delays=[0, 2, 0, 1, 1, 1]"]),
+    "sets for several codebooks": ("tiny", ["depth.weights_per_step_schedule=[0, 2, 1, 2]"]),
+    "one set, one projection": ("tiny", ["depth.weights_per_step_schedule=[0, 0, 0, 0]", "depth.multi_linear=false"]),
+    "low rank": ("tiny", ["depth.low_rank_embeddings=5"]),
+    "norms with 1e-5": ("tiny", ["model.layernorm_epsilon=1e-5"]),
     "odd gates": ("tiny", ["temporal.ffn_hidden_size=175", "depth.ffn_hidden_size=87"]),
 }
 
@@ -149,7 +155,7 @@ def finetune_weights(codes_BST: Tensor, *, config: Config) -> Tensor:
     weights_BPT = torch.ones(predicted.shape)
     padding = (predicted[:, 0] == streams.text_pad_id) | (predicted[:, 0] == streams.text_end_pad_id)
     weights_BPT[:, 0][padding] = loss.text_padding
-    weights_BPT[:, 1] = loss.semantic
+    weights_BPT[:, 1:2] = loss.semantic
     weights_BPT[predicted == -1] = 0
     for stream, delay in enumerate(streams.delays[: 1 + streams.num_codebooks]):
         weights_BPT[:, stream, weights_BPT.shape[-1] - delay :] = 0
@@ -243,6 +249,20 @@ def test_frames_without_weight_change_nothing(tmp_path: Path) -> None:
     wanted = torch.autograd.grad(total, model.depth.heads.weight, retain_graph=True)[0]
     actual = torch.autograd.grad(weighted[1], model.depth.heads.weight)[0]
     torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_text_alone_is_trained_alone(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "streams.num_codebooks=0", "streams.delays=[0, 0, 1, 1, 1]")
+    model = build(config)
+    codes_BST = sample_codes(config)
+    weights_BPT = finetune_weights(codes_BST, config=config)
+    weighted, statistics = model(codes_BST, weights_BPT)
+    text_BTV, audio_BQTV = model(codes_BST)
+    losses = F.cross_entropy(text_BTV.transpose(1, 2), codes_BST[:, 0].clamp(min=0), reduction="none")
+    assert float(weighted[0]) == pytest.approx(float((losses * weights_BPT[:, 0]).sum()), rel=1e-5)
+    assert float(weighted[1]) == 0 and statistics.shape == (1, 3) and audio_BQTV.shape == (3, 0, 24, 32)
+    weighted.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_batch_without_any_weight_has_no_loss_and_no_gradient(tmp_path: Path) -> None:
