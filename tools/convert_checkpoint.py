@@ -1,10 +1,11 @@
 """Convert a model: `python tools/convert_checkpoint.py --from FORMAT --to FORMAT SRC DST [options]`.
 
-Formats are `native` (a folder step_... of any layout; DST is one of one rank, for `checkpoint.seed_checkpoint`) and
-`moshi` (Kyutai's runtime: config.json, model.safetensors, tokenizer and codec). Tensors are read and written one at a
-time; what was killed goes on where it was by the same command; DST is there once it was compared with SRC, in logits
-of both sides or, where two models do not fit the memory, tensor by tensor. What it was and what came out stands in
-DST/conversion.json. See docs/conversion.md.
+Formats are `native` (a folder step_... of any layout; DST is one of one rank, for `checkpoint.seed_checkpoint`),
+`moshi` (Kyutai's runtime: config.json, model.safetensors, tokenizer and codec), `transformers` (its Moshi and its
+speech to text), and, to start from, `llama` (Llama, Mistral, Qwen2 and Qwen3 of transformers). Streams and vocabulary
+may change on the way. Tensors are read and written one at a time; what was killed goes on where it was by the same
+command; DST is there once it was compared with SRC, in logits of both sides or, where two models do not fit the memory,
+tensor by tensor. What it was and what came out stands in DST/conversion.json. See docs/conversion.md.
 """
 
 from __future__ import annotations
@@ -50,6 +51,11 @@ def _read(arguments: list[str]) -> Conversion:
     add("--codec", type=Path, metavar="PATH", help="the codec that goes with it: a folder, or Kyutai's Mimi file")
     add("--drop", default="", metavar="NAME,...", help="what may be left out of the source, as its error names it")
     add("--lora", type=Path, metavar="FILE", help="low-rank changes to fold in")
+    add("--config", type=Path, metavar="FILE", help="of the run that is to start from a text model (--from llama)")
+    add("--num-codebooks", type=int, metavar="N", help="codebooks that the model is to speak")
+    add("--num-given-codebooks", type=int, metavar="N", help="codebooks that it is to hear")
+    add("--new-tokenizer", type=Path, metavar="FILE", help="the sentencepiece model that its text is to be of")
+    add("--old-tokenizer", type=Path, metavar="FILE", help="what its text is of: a .model or tokenizer.json")
     add("--max-shard-size", type=float, metavar="GB", help="write several safetensors files, none larger")
     add("--no-verify", action="store_true", help="compare nothing at the end")
     options = vars(parser.parse_args(arguments))

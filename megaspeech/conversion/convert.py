@@ -17,11 +17,13 @@ from megaspeech.config.computation import PrecisionSection
 from megaspeech.conversion import companions, verify
 from megaspeech.conversion.deferred import Deferred
 from megaspeech.conversion.formats import FORMATS, NATIVE, TARGETS, Format, function
+from megaspeech.conversion.growth import grow_streams
 from megaspeech.conversion.native_writing import write_native
 from megaspeech.conversion.rules import forget
 from megaspeech.conversion.safetensors_files import write_safetensors
 from megaspeech.conversion.stored import StoredModel
 from megaspeech.conversion.verify import Agreement
+from megaspeech.conversion.vocabulary import swap_vocabulary
 from megaspeech.conversion.writing import Aside, Progress, aside, refuse_existing
 
 REPORT = "conversion.json"
@@ -39,6 +41,10 @@ class Conversion:
         tokenizer, codec: to go with the model, where the source does not know them, or instead.
         drop: what the reader may leave out, by name.
         lora: low-rank changes to fold in.
+        config: of the run that is to start from a text model.
+        num_codebooks, num_given_codebooks: streams that the model is to have; None keeps the source's.
+        new_tokenizer: changes the vocabulary to that of this sentencepiece model.
+        old_tokenizer: what the source's vocabulary is of, where that is not `tokenizer`.
         max_shard_bytes: of a safetensors file; None writes one.
         verify: compare both sides.
     """
@@ -52,11 +58,16 @@ class Conversion:
     codec: Path | None = None
     drop: tuple[str, ...] = ()
     lora: Path | None = None
+    config: Path | None = None
+    num_codebooks: int | None = None
+    num_given_codebooks: int | None = None
+    new_tokenizer: Path | None = None
+    old_tokenizer: Path | None = None
     max_shard_bytes: int | None = None
     verify: bool = True
 
 
-OF_A_READER = {"drop": (), "lora": None}
+OF_A_READER = {"drop": (), "lora": None, "config": None}
 """Options that only some readers take, and their values when not given."""
 
 
@@ -125,6 +136,11 @@ def convert(conversion: Conversion, *, progress: Progress = lambda _: None, tota
 def _changed(opened: StoredModel, conversion: Conversion) -> StoredModel:
     """The model as it is to be written."""
     model = companions.with_companions(opened, tokenizer=conversion.tokenizer, codec=conversion.codec)
+    wanted = {name: getattr(conversion, name) for name in ("num_codebooks", "num_given_codebooks")}
+    model = grow_streams(model, **wanted)
+    if conversion.new_tokenizer is not None:
+        tokenizers = {"tokenizer": conversion.new_tokenizer, "old_tokenizer": conversion.old_tokenizer}
+        model = swap_vocabulary(model, **tokenizers)
     return in_precision(model, conversion.dtype)
 
 

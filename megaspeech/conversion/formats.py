@@ -46,6 +46,11 @@ FORMATS = {
         files="transformers_folders:transformers_files",
         takes_shards=True,
     ),
+    "llama": Format(
+        opens="text_models:open_text_model",
+        options=("drop", "config"),
+        difference="text_models:text_difference",
+    ),
 }
 NATIVE = "native"
 TARGETS = tuple(name for name, form in FORMATS.items() if form.files or name == NATIVE)

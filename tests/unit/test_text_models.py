@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ from safetensors.torch import load_file, save_file
 
 transformers = pytest.importorskip("transformers")
 
-from megaspeech.config import Config  # noqa: E402
+from megaspeech.config import read_config, write_config  # noqa: E402
+from megaspeech.conversion.convert import Conversion, convert  # noqa: E402
+from megaspeech.conversion.moshi import open_moshi  # noqa: E402
 from megaspeech.conversion.moshi_config import moshi_config  # noqa: E402
 from megaspeech.conversion.native import check_native, load_weights, whole_model  # noqa: E402
 from megaspeech.conversion.new_weights import new_depth  # noqa: E402
 from megaspeech.conversion.stored import StoredModel  # noqa: E402
 from megaspeech.conversion.text_models import open_text_model, text_difference  # noqa: E402
 from megaspeech.conversion.transformers_layers import unknown_layers  # noqa: E402
+from megaspeech.data.tokenizer import train_tokenizer  # noqa: E402
 from megaspeech.model.embedding import table_offsets, used_rows  # noqa: E402
 from megaspeech.model.speech_text_model import SpeechTextModel  # noqa: E402
 
@@ -65,8 +69,8 @@ def save(folder: Path, name: str, *, dtype: torch.dtype = torch.float32, **optio
     return folder
 
 
-def run_config(directory: Path, *overrides: str, **shape: Any) -> Config:
-    """A run of the preset "tiny" whose temporal transformer is that of "llama"."""
+def run_config(directory: Path, *overrides: str, **shape: Any) -> Path:
+    """The config of a run of the preset "tiny" whose temporal transformer is that of "llama"."""
     ours = {
         "num_layers": 2,
         "hidden_size": 48,
@@ -76,7 +80,9 @@ def run_config(directory: Path, *overrides: str, **shape: Any) -> Config:
         **shape,
     }
     keys = [f"temporal.{key}={json.dumps(value)}" for key, value in ours.items()]
-    return make_config(directory, "model.layernorm_epsilon=1e-6", *keys, *overrides)
+    config = make_config(directory, "model.layernorm_epsilon=1e-6", *keys, *overrides)
+    write_config(config, directory / "run.toml")
+    return directory / "run.toml"
 
 
 def built(model: StoredModel) -> SpeechTextModel:
@@ -100,7 +106,7 @@ def test_text_logits_are_the_text_models(name: str, tmp_path: Path) -> None:
     epsilon = f"model.layernorm_epsilon={options.get('rms_norm_eps', 1e-6)}"
     config = run_config(tmp_path, epsilon, *overrides, **shape)
     model = open_text_model(path, config=config)
-    assert model.config.streams.text_cardinality == 96 and model.config.depth == config.depth
+    assert model.config.streams.text_cardinality == 96 and model.config.depth == read_config(config).depth
     assert text_difference(built(model), path, model.config) < 1e-4
 
 
@@ -139,8 +145,9 @@ def load_state(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_what_is_drawn_follows_from_the_seed_and_the_stated_rule(llama: Path, tmp_path: Path) -> None:
-    config = run_config(tmp_path)
-    first, again, other = (open_text_model(llama, config=config, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (
+        open_text_model(llama, config=run_config(tmp_path, f"run.seed={seed}")) for seed in (1, 1, 2)
+    )
     for name in first.weights:
         assert torch.equal(first.weights[name].read(), again.weights[name].read()), name
     differing = {
@@ -232,6 +239,32 @@ def test_what_moshi_has_not_is_not_exported(key: str, tmp_path: Path) -> None:
         moshi_config(config)
     assert [fault.startswith(words) for fault in unknown_layers(config)] == [True]  # of transformers' Moshi and STT
     assert not [*unknown_layers(make_config(tmp_path, "temporal.kv_channels=16"))]  # hidden_size / heads, as ever
+
+
+@pytest.mark.skipif(find_spec("moshi") is None, reason="moshi is not installed")
+def test_from_a_text_model_to_a_duplex_one_of_another_vocabulary(tmp_path: Path) -> None:
+    """As the command does it: both sides have the native model's logits."""
+    path = save(tmp_path / "text", "llama", rms_norm_eps=1e-5)
+    text = ["the cat sat on the mat", "a dog ran to the red house", "nine of ten birds sing in the morning"]
+    for file, size in ((path / "tokenizer.model", 96), (tmp_path / "new.model", 64)):
+        file.write_bytes(train_tokenizer(text, vocabulary_size=size, languages=["en"]).model)
+    one_way = ("streams.num_given_codebooks=0", "streams.delays=[0, 0, 1, 1, 1]", "model.layernorm_epsilon=1e-5")
+    conversion = Conversion(
+        source=path,
+        destination=tmp_path / "moshi",
+        source_format="llama",
+        target_format="moshi",
+        config=run_config(tmp_path, *one_way),
+        num_given_codebooks=6,
+        new_tokenizer=tmp_path / "new.model",
+    )
+    report = convert(conversion)
+    assert [agreement.what.split(" of ")[1].split()[0] for agreement in report.agreements] == ["llama", "moshi"]
+    assert max(agreement.largest_difference or 0 for agreement in report.agreements) < 1e-4
+    streams = open_moshi(tmp_path / "moshi").config.streams
+    assert (streams.text_cardinality, streams.num_given_codebooks, streams.text_pad_id) == (64, 6, 3)
+    assert (tmp_path / "moshi" / "tokenizer.model").read_bytes() == (tmp_path / "new.model").read_bytes()
+    assert [note.split()[0] for note in report.notes[:3]] == ["temporal", "streams:", "vocabulary:"]
 
 
 def test_what_may_be_left_out_is_noted(tmp_path: Path) -> None:
