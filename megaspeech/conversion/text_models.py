@@ -29,7 +29,7 @@ from megaspeech.config.schema import StreamsSection, TemporalSection
 from megaspeech.conversion.companions import named
 from megaspeech.conversion.deferred import Deferred, Weights
 from megaspeech.conversion.layouts import Cut, GroupedQueries, Same, halves_of_pairs, pairs_of_halves
-from megaspeech.conversion.new_weights import generator, new_depth
+from megaspeech.conversion.new_weights import generator, mean_row, new_depth, root_mean_square
 from megaspeech.conversion.rules import Layout, Rule, to_native
 from megaspeech.conversion.safetensors_files import open_safetensors
 from megaspeech.conversion.stored import TOKENIZER_FILE, StoredModel
@@ -140,9 +140,9 @@ def _embedding(theirs: Weights, *, text: TextModel, streams: StreamsSection, see
         table_RH = torch.zeros(shape, dtype=source.dtype)
         table_RH[: len(rows_VH)] = rows_VH
         first = text.first_token
-        table_RH[len(rows_VH)] = rows_VH.mean(0, dtype=torch.float32) if first is None else rows_VH[first]
-        size = torch.linalg.vector_norm(rows_VH, dtype=torch.float32) / rows_VH.numel() ** 0.5
-        std, source_of_noise = float(size) / max(1, streams.num_streams - 1) ** 0.5, generator("embedding", seed=seed)
+        table_RH[len(rows_VH)] = mean_row(rows_VH) if first is None else rows_VH[first]
+        std = root_mean_square(rows_VH) / max(1, streams.num_streams - 1) ** 0.5
+        source_of_noise = generator("embedding", seed=seed)
         for offset in table_offsets(streams.cardinalities)[1:]:
             drawn_VH = torch.empty(streams.cardinality, width).normal_(std=std, generator=source_of_noise)
             table_RH[offset : offset + streams.cardinality] = drawn_VH
