@@ -111,16 +111,16 @@ def open_mimi(path: str | Path, *, runtime_config: str | Path | None = None) -> 
 def _of_transformers(folder: Path) -> Mimi:
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"{folder}: there is no Mimi ({NEEDS}, or Kyutai's {KYUTAI_FILES}); name a folder with one")
-    config = import_transformers().AutoConfig.from_pretrained(folder, local_files_only=True)
-    weights = open_safetensors(folder)
+    config, prefix = import_transformers().AutoConfig.from_pretrained(folder, local_files_only=True), ""
     if config.model_type in INSIDE:
         key, prefix = INSIDE[config.model_type]
         config = getattr(config, key)
-        weights = {name.removeprefix(prefix): one for name, one in weights.items() if name.startswith(prefix)}
     if config.model_type != "mimi":
         raise ValueError(
             f"{folder}: model_type = {config.model_type!r} is no Mimi, nor has it one; name another folder"
         )
+    found = open_safetensors(folder).items()
+    weights = {name.removeprefix(prefix): one for name, one in found if name.startswith(prefix)}
     _check_names(weights, {name for rule in rules(config) for name in rule.foreign}, file=folder)
     return Mimi(config, weights)
 

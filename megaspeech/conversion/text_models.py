@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megaspeech.config import Config, read_config
+from megaspeech.config import Config
 from megaspeech.config.schema import StreamsSection, TemporalSection
 from megaspeech.conversion.companions import named
 from megaspeech.conversion.deferred import Deferred, Weights
@@ -40,7 +40,7 @@ from megaspeech.model.speech_text_model import ZERO_TOKEN, SpeechTextModel
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def open_text_model(path: str | Path, *, config: str | Path | None = None, drop: Sequence[str] = ()) -> StoredModel:
+def open_text_model(path: str | Path, *, config: Config | None = None, drop: Sequence[str] = ()) -> StoredModel:
     """A new speech-text model that starts from a text model, its weights unread.
 
     Args:
@@ -58,16 +58,15 @@ def open_text_model(path: str | Path, *, config: str | Path | None = None, drop:
     stored = open_safetensors(path)
     dtype = torch.bfloat16 if all(one.dtype is torch.bfloat16 for one in stored.values()) else torch.float32
     text = read_text_model(path, drop=drop)
-    run = None if config is None else read_config(config)
-    found = config_of_text_model(text, config=run, recipe="bf16" if dtype is torch.bfloat16 else "fp32")
+    config = config_of_text_model(text, config=config, recipe="bf16" if dtype is torch.bfloat16 else "fp32")
     theirs = {name: one.to(dtype) for name, one in stored.items()}
-    table, seed = _rules(found.temporal, text=text), found.run.seed
+    table, seed = _rules(config.temporal, text=text), config.run.seed
     _check_names(theirs, text=text, rules=table)
-    weights = {"embedding.weight": _embedding(theirs, text=text, streams=found.streams, seed=seed)}
-    weights |= to_native(theirs, table) | new_depth(found, seed=seed, dtype=dtype)
+    weights = {"embedding.weight": _embedding(theirs, text=text, streams=config.streams, seed=seed)}
+    weights |= to_native(theirs, table) | new_depth(config, seed=seed, dtype=dtype)
     tokenizer = path / TOKENIZER_FILE
-    companions = replace(named(found), tokenizer=tokenizer if tokenizer.is_file() else None)
-    return StoredModel(found, weights, companions, _notes(text, config=found, stored=stored))
+    companions = replace(named(config), tokenizer=tokenizer if tokenizer.is_file() else None)
+    return StoredModel(config, weights, companions, _notes(text, config=config, stored=stored))
 
 
 def _rules(shape: TemporalSection, *, text: TextModel) -> list[Rule]:

@@ -6,6 +6,7 @@ A model with codebooks of its own is `MoshiForConditionalGeneration` there (`tra
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,9 @@ def open_transformers(path: str | Path) -> StoredModel:
     except ValueError as error:
         raise ValueError(f"{path / CONFIG_FILE}: {error}") from error
     known = read_config(path / RUN_FILE) if (path / RUN_FILE).is_file() else None
+    extractor = _extractor(path) if known is None else {}
+    if delay := extractor.get("audio_delay_seconds"):
+        sections["data"] = {"task_delay": int(delay * found.codec_config.frame_rate)}
     rules = kind.rules(_overlaid(known, sections, source=path))
     _check_names(path, weights, rules, inside=INSIDE[found.model_type][1])
     native = to_native(weights, rules)
@@ -79,6 +83,10 @@ def open_transformers(path: str | Path) -> StoredModel:
     config = _overlaid(known, sections, source=path)
     tokenizer = path / TOKENIZER_FILE
     notes = [f"the Mimi inside {path} is not taken along; --codec {path} gives it to what is written"]
+    if (initial := config.streams.text_cardinality) != (found.bos_token_id or initial):  # as Kyutai's 2.6B has it
+        notes.append(f"bos_token_id = {found.bos_token_id} is no text token; the native model starts with {initial}")
+    if silence := extractor.get("audio_silence_prefix_seconds"):
+        notes.append(f"audio_silence_prefix_seconds = {silence} is not kept: that much silence goes before the audio")
     if not tokenizer.is_file():
         notes.append(f"{path} holds no {TOKENIZER_FILE}, the sentencepiece model: name it by --tokenizer")
     companions = Companions(tokenizer=tokenizer if tokenizer.is_file() else None)
@@ -100,6 +108,16 @@ def _read_config(path: Path) -> PretrainedConfig:
             f"read by --from llama"
         )
     return config
+
+
+def _extractor(path: Path) -> dict[str, Any]:
+    """What the folder says of its feature extractor, by itself (transformers 4) or within its processor."""
+    for name, inner in (("processor_config.json", "feature_extractor"), ("preprocessor_config.json", None)):
+        if (path / name).is_file():
+            values = json.loads((path / name).read_text(encoding="utf-8"))
+            if found := values.get(inner) if inner else values:
+                return found
+    return {}
 
 
 def _overlaid(known: Config | None, sections: dict[str, dict[str, Any]], *, source: Path) -> Config:

@@ -176,15 +176,15 @@ def delays(num_codebooks: int) -> tuple[int, ...]:
 def moshi_generation(config: Config) -> GenerationConfig:
     """How `generate` goes unless told otherwise: sampled as the moshi runtime does.
 
-    transformers starts each stream with its initial token, whose id is the stream's cardinality.
+    There is no padding token: `generate` would not look at the frames that hold it, and with no prompt at all the first
+    of them holds the initial token, which the published models name.
     """
-    initial, length = config.streams.text_cardinality, config.streams.num_codebooks + 1
+    length = config.streams.num_codebooks + 1
     return import_transformers().GenerationConfig(
         do_sample=True,
         temperature=TEXT_TEMPERATURE,
         top_k=TEXT_TOP_K,
-        pad_token_id=initial,
-        bos_token_id=initial,
+        bos_token_id=config.streams.text_cardinality,
         depth_decoder_config={
             "do_sample": True,
             "temperature": AUDIO_TEMPERATURE,

@@ -100,14 +100,17 @@ def _unknown_to_transformers(config: Config, *, mimi: Mimi) -> Iterator[str]:
 
 
 def stt_generation(config: Config) -> GenerationConfig:
-    """How `generate` goes unless told otherwise: the likeliest piece a frame, the audio encoded frame by frame."""
+    """How `generate` goes unless told otherwise: the likeliest piece a frame.
+
+    The audio is encoded whole. The published models name an `audio_window_size` to encode it by, but transformers
+    (5.23) then encodes the first window twice, and hears everything a window late.
+    """
     initial = config.streams.text_cardinality
     return import_transformers().GenerationConfig(
         bos_token_id=initial,
         pad_token_id=config.streams.text_pad_id,
         # The head's last row is zeros: its logit of 0 would win where all others are negative.
         suppress_tokens=[initial],
-        audio_window_size=1,
     )
 
 
@@ -118,7 +121,6 @@ def stt_sections(config: KyutaiSpeechToTextConfig) -> dict[str, dict[str, Any]]:
         ValueError: transformers' config has what the native model has not; names key and value.
     """
     expected = {
-        "bos_token_id": config.vocab_size - 1,
         "audio_bos_token_id": config.codebook_vocab_size - 1,
         "audio_pad_token_id": config.vocab_size + config.num_codebooks * config.codebook_vocab_size,
         "tie_word_embeddings": False,

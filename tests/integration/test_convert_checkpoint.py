@@ -18,6 +18,7 @@ import torch
 from native_folders import write_random
 from one_rank import one_rank  # noqa: F401  a fixture
 from safetensors.torch import load_file, save_file
+from small_codecs import save_small
 from small_corpus import make_codec, make_tokenizer
 from test_tools import ROOT, run_tool
 
@@ -75,9 +76,9 @@ def test_a_converted_folder_is_whole(home: Path, moshi: Path) -> None:
 
 def test_there_and_back(home: Path, moshi: Path) -> None:
     back = home / "back" / "step_00000000"
-    done = run_tool(TOOL, *TO_NATIVE, moshi, back)
-    assert done.returncode == 0, done.stderr
-    assert "42 tensors read back, all bits equal" in done.stdout
+    assert MAIN([*TO_NATIVE, str(moshi), str(back)]) == 0
+    report = json.loads((back / "conversion.json").read_text())
+    assert report["agreements"][1]["what"] == "42 tensors read back, all bits equal"
     assert find_damage(back) is None
     first, second = content(home / "step_00000000"), content(back)
     assert first["__0_0.distcp"] == second["__0_0.distcp"]
@@ -85,12 +86,10 @@ def test_there_and_back(home: Path, moshi: Path) -> None:
     assert json.loads(first["manifest.json"])["codec"] == "spectral"
 
 
-def test_another_precision_and_back_to_native(home: Path, moshi: Path) -> None:
-    done = run_tool(TOOL, *TO_NATIVE, "--dtype", "bf16", moshi, home / "bf16")
-    assert done.returncode == 0, done.stderr
+def test_another_precision(home: Path, moshi: Path) -> None:
+    convert(Conversion(moshi, home / "bf16", "moshi", "native", dtype="bf16"))
     assert 'recipe = "bf16"' in (home / "bf16/config.toml").read_text()
-    done = run_tool(TOOL, *TO_MOSHI, home / "bf16", home / "moshi16")
-    assert done.returncode == 0, done.stderr
+    convert(Conversion(home / "bf16", home / "moshi16", "native", "moshi"))
     mine, theirs = load_file(home / "moshi16/model.safetensors"), load_file(moshi / "model.safetensors")
     assert all(torch.equal(mine[name], tensor.bfloat16()) for name, tensor in theirs.items())
 
@@ -114,25 +113,33 @@ def test_killed_at_any_moment(source_format: str, target_format: str, home: Path
     assert len(results) > 1 and set(results) == {expected}
 
 
-def test_what_is_on_the_disk_is_kept_if_it_is_whole(home: Path, moshi: Path, tmp_path: Path) -> None:
-    source = home / "step_00000000"
-    ((_, was_killed, _),) = killed(source, tmp_path / "out", "native", "moshi", 60)
+@pytest.fixture(scope="module")
+def unfinished(home: Path) -> Path:
+    """The folder of a killed conversion to moshi, `out.part`, and its journal."""
+    folder = home / "killed"
+    ((_, was_killed, _),) = killed(home / "step_00000000", folder / "out", "native", "moshi", 60)
     assert was_killed
+    return folder
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_what_is_on_the_disk_is_kept_if_it_is_whole(
+    is_damaged: bool, unfinished: Path, home: Path, moshi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(unfinished, tmp_path, dirs_exist_ok=True)
     file = tmp_path / "out.part/model.safetensors"
-    lines = [json.loads(line) for line in (tmp_path / "out.part/conversion.journal").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "out.journal").read_text().splitlines()]
     kept = [line["ends"][-1] for line in lines if line.get("file") == file.name][-1]
     assert 100_000 <= kept <= file.stat().st_size
-    shutil.copytree(tmp_path / "out.part", tmp_path / "other.part")
-    content = bytearray(file.read_bytes())
-    content[kept - 10] ^= 1  # the disk has lost it: begun anew, or this would be in the result
-    file.write_bytes(content)
-    for name, num_read in (("out", 71), ("other", 40)):
-        written: list[str] = []
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(safetensors_files, "check_finite", lambda _, *, name, to=written: to.append(name))
-            convert(Conversion(source, tmp_path / name, "native", "moshi", verify=False))
-        assert (tmp_path / name / file.name).read_bytes() == (moshi / file.name).read_bytes()
-        assert 0 < len(written) <= num_read
+    if is_damaged:  # begun anew, or this would be in the result
+        content = bytearray(file.read_bytes())
+        content[kept - 10] ^= 1
+        file.write_bytes(content)
+    written: list[str] = []
+    monkeypatch.setattr(safetensors_files, "check_finite", lambda _, *, name: written.append(name))
+    convert(Conversion(home / "step_00000000", tmp_path / "out", "native", "moshi", verify=False))
+    assert (tmp_path / "out" / file.name).read_bytes() == (moshi / file.name).read_bytes()
+    assert len(written) == 71 if is_damaged else 0 < len(written) < 50
 
 
 def failure(*arguments: object) -> str:
@@ -190,11 +197,49 @@ def test_a_config_that_disagrees_with_its_tensors(broken: Path) -> None:
     assert "transformer.layers.4" in line and "missing" in line
 
 
-def test_a_tokenizer_of_another_size(broken: Path) -> None:
-    other = broken / "other.model"
+@pytest.fixture(scope="module")
+def other_tokenizer(home: Path) -> Path:
+    """Of 60 pieces, where the model has 48."""
     texts = ["one two three four five six seven eight nine ten eleven twelve"] * 20
-    other.write_bytes(train_tokenizer(texts, vocabulary_size=60, languages=("en",)).model)
-    assert "other.model has 60 pieces, and the model's text has 48" in refused(broken, "--tokenizer", other)
+    path = home / "other.model"
+    path.write_bytes(train_tokenizer(texts, vocabulary_size=60, languages=("en",)).model)
+    return path
+
+
+def test_a_tokenizer_of_another_size(broken: Path, other_tokenizer: Path) -> None:
+    (broken / "tokenizer.model").unlink()
+    line = refused(broken, "--tokenizer", other_tokenizer)
+    assert "other.model has 60 pieces, and the model's text has 48" in line and "--old-tokenizer" in line
+
+
+def test_another_vocabulary_and_more_streams(home: Path, other_tokenizer: Path, tmp_path: Path) -> None:
+    """The old tokenizer is known, so the rows are put together of its pieces'; new codebooks start from old ones."""
+    more = {"tokenizer": other_tokenizer, "num_codebooks": 6, "num_given_codebooks": 6}
+    report = convert(Conversion(home / "step_00000000", tmp_path / "out", "native", "moshi", **more))
+    values = json.loads((tmp_path / "out/config.json").read_text())
+    assert (values["text_card"], values["dep_q"], values["n_q"]) == (60, 6, 12)
+    assert (tmp_path / "out/tokenizer.model").read_bytes() == other_tokenizer.read_bytes()
+    assert len(report.notes) == 2 and report.agreements[-1].largest_difference < 1e-4
+
+
+def test_from_a_text_model_to_transformers(tmp_path: Path) -> None:
+    """Llama to a native seed, that to transformers' Moshi with a Mimi, each compared with its own runtime."""
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(**shape, num_key_value_heads=2, vocab_size=48, rms_norm_eps=1e-8)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    mimi = save_small("mimi", tmp_path / "mimi")
+    run = tmp_path / "run.toml"
+    run.write_text('[model]\npreset = "tiny"\n[codec]\nname = "mimi"\n')
+    native = Conversion(tmp_path / "llama", tmp_path / "step_00000000", "llama", "native", config=run)
+    first = convert(native).agreements
+    assert [agreement.what.split()[2] for agreement in first[:1]] == ["llama"]
+    (tmp_path / "tokenizer.model").write_bytes(make_tokenizer().model)
+    beside = {"codec": mimi, "tokenizer": tmp_path / "tokenizer.model"}
+    out = Conversion(native.destination, tmp_path / "out", "native", "transformers", max_shard_bytes=10**6, **beside)
+    second = convert(out)
+    assert second.agreements[0].what == "logits of transformers and of the native model on the same codes"
+    assert "model.safetensors.index.json" in second.files
 
 
 def test_too_small_a_disk(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,14 +252,11 @@ def test_too_small_a_disk(home: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_unfinished_is_another_s(home: Path, tmp_path: Path) -> None:
+def test_what_is_unfinished_is_another_s(unfinished: Path, home: Path, tmp_path: Path) -> None:
     source = home / "step_00000000"
-    ((_, was_killed, _),) = killed(source, tmp_path / "out", "native", "moshi", 20)
-    assert was_killed
-    line = failure(*TO_MOSHI, "--dtype", "bf16", source, tmp_path / "out")
+    line = failure(*TO_MOSHI, "--dtype", "bf16", source, unfinished / "out")
     assert "out.part is an unfinished conversion with other dtype, verify; finish it by its own command" in line
     (tmp_path / "in_the_way.part").mkdir()
-    (tmp_path / "in_the_way.part/mine").touch()
     line = failure(*TO_MOSHI, source, tmp_path / "in_the_way")
     assert "in_the_way.part is in the way and no unfinished conversion" in line
 
@@ -224,7 +266,7 @@ def test_logits_that_disagree(home: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(verify, "moshi_difference", lambda *_: 2e-4)
     with pytest.raises(ValueError, match=r"out.part: the logits of moshi differ .* by 2.0e-04, more than 1e-04"):
         convert(Conversion(home / "step_00000000", tmp_path / "out", "native", "moshi"))
-    assert [path.name for path in tmp_path.iterdir()] == ["out.part"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.journal", "out.part"]
 
 
 def test_two_models_do_not_fit(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 transformers = pytest.importorskip("transformers")
 
-from megaspeech.config import read_config, write_config  # noqa: E402
+from megaspeech.config import Config, write_config  # noqa: E402
 from megaspeech.conversion.convert import Conversion, convert  # noqa: E402
 from megaspeech.conversion.moshi import open_moshi  # noqa: E402
 from megaspeech.conversion.moshi_config import moshi_config  # noqa: E402
@@ -69,7 +69,7 @@ def save(folder: Path, name: str, *, dtype: torch.dtype = torch.float32, **optio
     return folder
 
 
-def run_config(directory: Path, *overrides: str, **shape: Any) -> Path:
+def run_config(directory: Path, *overrides: str, **shape: Any) -> Config:
     """The config of a run of the preset "tiny" whose temporal transformer is that of "llama"."""
     ours = {
         "num_layers": 2,
@@ -80,9 +80,7 @@ def run_config(directory: Path, *overrides: str, **shape: Any) -> Path:
         **shape,
     }
     keys = [f"temporal.{key}={json.dumps(value)}" for key, value in ours.items()]
-    config = make_config(directory, "model.layernorm_epsilon=1e-6", *keys, *overrides)
-    write_config(config, directory / "run.toml")
-    return directory / "run.toml"
+    return make_config(directory, "model.layernorm_epsilon=1e-6", *keys, *overrides)
 
 
 def built(model: StoredModel) -> SpeechTextModel:
@@ -106,7 +104,7 @@ def test_text_logits_are_the_text_models(name: str, tmp_path: Path) -> None:
     epsilon = f"model.layernorm_epsilon={options.get('rms_norm_eps', 1e-6)}"
     config = run_config(tmp_path, epsilon, *overrides, **shape)
     model = open_text_model(path, config=config)
-    assert model.config.streams.text_cardinality == 96 and model.config.depth == read_config(config).depth
+    assert model.config.streams.text_cardinality == 96 and model.config.depth == config.depth
     assert text_difference(built(model), path, model.config) < 1e-4
 
 
@@ -249,14 +247,15 @@ def test_from_a_text_model_to_a_duplex_one_of_another_vocabulary(tmp_path: Path)
     for file, size in ((path / "tokenizer.model", 96), (tmp_path / "new.model", 64)):
         file.write_bytes(train_tokenizer(text, vocabulary_size=size, languages=["en"]).model)
     one_way = ("streams.num_given_codebooks=0", "streams.delays=[0, 0, 1, 1, 1]", "model.layernorm_epsilon=1e-5")
+    write_config(run_config(tmp_path, *one_way), tmp_path / "run.toml")
     conversion = Conversion(
         source=path,
         destination=tmp_path / "moshi",
         source_format="llama",
         target_format="moshi",
-        config=run_config(tmp_path, *one_way),
+        config=tmp_path / "run.toml",
         num_given_codebooks=6,
-        new_tokenizer=tmp_path / "new.model",
+        tokenizer=tmp_path / "new.model",
     )
     report = convert(conversion)
     assert [agreement.what.split(" of ")[1].split()[0] for agreement in report.agreements] == ["llama", "moshi"]
@@ -264,7 +263,7 @@ def test_from_a_text_model_to_a_duplex_one_of_another_vocabulary(tmp_path: Path)
     streams = open_moshi(tmp_path / "moshi").config.streams
     assert (streams.text_cardinality, streams.num_given_codebooks, streams.text_pad_id) == (64, 6, 3)
     assert (tmp_path / "moshi" / "tokenizer.model").read_bytes() == (tmp_path / "new.model").read_bytes()
-    assert [note.split()[0] for note in report.notes[:3]] == ["temporal", "streams:", "vocabulary:"]
+    assert [note.split()[0] for note in report.notes[:3]] == ["temporal", "vocabulary:", "streams:"]
 
 
 def test_what_may_be_left_out_is_noted(tmp_path: Path) -> None:

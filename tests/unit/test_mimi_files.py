@@ -1,0 +1,170 @@
+"""Mimi in Kyutai's file and in transformers' folder: the same codes and the same sound, both ways."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_codecs import save_small, small_model, sounds
+
+from megaspeech.conversion.deferred import Weights
+from megaspeech.conversion.mimi_config import from_runtime_config, to_runtime_config
+from megaspeech.conversion.mimi_files import Mimi, first_codebooks, kyutai_weights, open_mimi, rules
+
+pytestmark = pytest.mark.skipif(
+    find_spec("transformers") is None or find_spec("moshi") is None, reason="transformers or moshi is not installed"
+)
+
+
+def save(weights: Weights, path: Path) -> Path:
+    save_file({name: one.read().contiguous().clone() for name, one in weights.items()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """transformers' `mimi/`, and Kyutai's `kyutai.safetensors` with `kyutai.json` made of it."""
+    folder = tmp_path_factory.mktemp("mimi_files")
+    mimi = open_mimi(save_small("mimi", folder / "mimi"))
+    save(kyutai_weights(mimi), folder / "kyutai.safetensors")
+    (folder / "kyutai.json").write_text(json.dumps(to_runtime_config(mimi.config)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runtime(folder: Path) -> Any:
+    from megaspeech.streaming.runtime import import_moshi
+
+    values = json.loads((folder / "kyutai.json").read_text())
+    return import_moshi().loaders.get_mimi(folder / "kyutai.safetensors", values, num_codebooks=6)
+
+
+def test_same_codes_and_sound(runtime: Any) -> None:
+    model, sound_B1N = small_model("mimi"), sounds(96 * 40)[:, None]
+    with torch.no_grad():
+        codes_BQT = model.encode(sound_B1N).audio_codes
+        assert len(codes_BQT.unique()) > 20 and torch.equal(codes_BQT, runtime.encode(sound_B1N))
+        theirs, ours = model.decode(codes_BQT).audio_values, runtime.decode(codes_BQT)
+    assert (theirs - ours).abs().max() < 1e-6 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("naming", ["packed", "as the runtime's own modules"])
+def test_back_to_transformers(naming: str, folder: Path, runtime: Any, tmp_path: Path) -> None:
+    """Every bit of the file that transformers wrote; and its config."""
+    file = folder / "kyutai.safetensors"
+    if naming != "packed":
+        file = tmp_path / "split.safetensors"
+        save_file({name: x.clone() for name, x in runtime.state_dict().items()}, file)
+        assert "encoder_transformer.transformer.layers.1.self_attn.in_projs.0.weight" in load_file(file)
+    back = open_mimi(file, runtime_config=folder / "kyutai.json")
+    expected = load_file(folder / "mimi" / "model.safetensors")
+    assert back.weights.keys() == expected.keys()
+    assert [name for name, one in back.weights.items() if not torch.equal(one.read(), expected[name])] == []
+    theirs, ours = open_mimi(folder / "mimi").config.to_dict(), back.config.to_dict()
+    saved_only = {"architectures", "dtype", "_name_or_path", "transformers_version", "_frame_rate"}
+    assert {key for key in theirs if theirs[key] != ours[key]} <= saved_only
+    assert back.config.frame_rate == open_mimi(folder / "mimi").config.frame_rate
+
+
+def test_published_mimi_on_no_memory() -> None:
+    """Without a config it is the published Mimi: the names and shapes of the runtime's, of 318 tensors."""
+    from megaspeech.streaming.runtime import import_moshi
+
+    with torch.device("meta"):
+        state = import_moshi().loaders.get_mimi(None, num_codebooks=32, device="meta").state_dict()
+    config = from_runtime_config(None)
+    names = {name for rule in rules(config) for name in rule.native}
+    packed = {name.replace("in_projs.0.weight", "in_proj_weight").replace("out_projs.0", "out_proj") for name in state}
+    assert names == packed and len(names) == 318
+    assert to_runtime_config(config)["seanet"]["ratios"] == [8, 6, 5, 4]
+
+
+def test_first_codebooks_are_the_same_codes(folder: Path, tmp_path: Path) -> None:
+    from transformers import MimiModel
+
+    cut = first_codebooks(open_mimi(folder / "mimi"), 3)
+    cut.config.save_pretrained(tmp_path)
+    save(cut.weights, tmp_path / "model.safetensors")
+    model, found = MimiModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+    sound_B1N = sounds(96 * 20)[:, None]
+    with torch.no_grad():
+        expected_BQT = small_model("mimi").encode(sound_B1N).audio_codes[:, :3]
+        assert torch.equal(model.encode(sound_B1N).audio_codes, expected_BQT)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"use_conv_shortcut": True}, "use_conv_shortcut = True"),
+        ({"num_key_value_heads": 1}, "num_key_value_heads = 1"),
+        ({"upsample_groups": 4}, "upsample_groups = 4"),
+        ({"hidden_act": "relu"}, "hidden_act = 'relu'"),
+    ],
+)
+def test_what_the_runtime_lacks_is_refused(changes: dict[str, Any], message: str, folder: Path) -> None:
+    config = open_mimi(folder / "mimi").config
+    for key, value in changes.items():
+        setattr(config, key, value)
+    with pytest.raises(ValueError, match=f"{message}, but the moshi runtime only has"):
+        to_runtime_config(config)
+
+
+@pytest.mark.parametrize(
+    "section, key, value, message",
+    [
+        ("transformer", "gating", "silu", "transformer.gating = 'silu'"),
+        ("seanet", "true_skip", False, "seanet.true_skip = False"),
+        ("quantizer", "q_dropout", True, "knows no quantizer.q_dropout"),
+    ],
+)
+def test_what_transformers_lacks_is_refused(section: str, key: str, value: Any, message: str, folder: Path) -> None:
+    values = json.loads((folder / "kyutai.json").read_text())
+    values[section][key] = value
+    with pytest.raises(ValueError, match=message):
+        from_runtime_config(values)
+
+
+def test_another_mimi_than_its_config_says_is_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="lacks tensor .*is no Mimi of its config's sizes"):
+        open_mimi(folder / "kyutai.safetensors")  # without its config it would be the published one
+    weights = dict(open_mimi(folder / "mimi").weights)
+    weights["more.weight"] = weights["downsample.conv.weight"]
+    save(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((folder / "mimi" / "config.json").read_bytes())
+    with pytest.raises(ValueError, match="unknown tensor more.weight"):
+        open_mimi(tmp_path)
+
+
+def test_no_mimi_at_all(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no Mimi"):
+        open_mimi(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "encodec"}')
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="'encodec' is no Mimi"):
+        open_mimi(tmp_path)
+
+
+def test_a_mimi_inside_a_model(folder: Path, tmp_path: Path) -> None:
+    """Of a Moshi that transformers has saved."""
+    from transformers import MoshiConfig, MoshiForConditionalGeneration
+
+    mimi = small_model("mimi")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 16}
+    depth = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 16}
+    config = MoshiConfig(
+        **sizes, vocab_size=8, num_codebooks=2, audio_encoder_config=mimi.config.to_dict(), depth_decoder_config=depth
+    )
+    model = MoshiForConditionalGeneration(config)
+    model.audio_encoder.load_state_dict(mimi.state_dict())
+    model.save_pretrained(tmp_path)
+    inside, beside = open_mimi(tmp_path), open_mimi(folder / "mimi")
+    assert isinstance(inside, Mimi) and inside.config.num_quantizers == 6
+    assert inside.weights.keys() == beside.weights.keys()
+    for name, one in inside.weights.items():
+        assert torch.equal(one.read(), beside.weights[name].read()), name
