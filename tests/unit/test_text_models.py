@@ -21,6 +21,7 @@ from megaspeech.conversion.moshi_config import moshi_config  # noqa: E402
 from megaspeech.conversion.native import check_native, load_weights, whole_model  # noqa: E402
 from megaspeech.conversion.new_weights import new_depth  # noqa: E402
 from megaspeech.conversion.stored import StoredModel  # noqa: E402
+from megaspeech.conversion.text_config import read_text_model  # noqa: E402
 from megaspeech.conversion.text_models import open_text_model, text_difference  # noqa: E402
 from megaspeech.conversion.transformers_layers import unknown_layers  # noqa: E402
 from megaspeech.data.tokenizer import train_tokenizer  # noqa: E402
@@ -136,6 +137,23 @@ def test_without_a_config_the_streams_are_moshis(llama: Path) -> None:
     assert {one.dtype for one in model.weights.values()} == {torch.bfloat16}
     theirs = load_state(llama)
     assert torch.equal(model.weights["text_head.weight"].read(), theirs["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    "special, first, pads",
+    [
+        ({"bos_token_id": 7, "eos_token_id": [5, 6], "pad_token_id": 8}, 7, (8, 5)),
+        ({"bos_token_id": None, "eos_token_id": 5, "pad_token_id": -1}, 5, (5, 5)),
+        ({"bos_token_id": 96, "eos_token_id": None, "pad_token_id": None}, None, (0, 0)),
+    ],
+)
+def test_special_tokens(
+    special: dict[str, Any], first: int | None, pads: tuple[int, int], llama: Path, tmp_path: Path
+) -> None:
+    values = json.loads((llama / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, **special}))
+    text = read_text_model(tmp_path)
+    assert (text.first_token, text.pad_ids) == (first, pads)
 
 
 def load_state(folder: Path) -> dict[str, torch.Tensor]:
