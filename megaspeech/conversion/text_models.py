@@ -38,6 +38,8 @@ from megaspeech.model.embedding import padded_rows, table_offsets
 from megaspeech.model.speech_text_model import ZERO_TOKEN, SpeechTextModel
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+UNNEEDED = "rotary_emb.inv_freq"
+"""RoPE's frequencies, which old files hold though they follow from the config."""
 
 
 def open_text_model(path: str | Path, *, config: Config | None = None, drop: Sequence[str] = ()) -> StoredModel:
@@ -55,7 +57,7 @@ def open_text_model(path: str | Path, *, config: Config | None = None, drop: Seq
         ImportError: transformers is not installed.
     """
     path = Path(path)
-    stored = open_safetensors(path)
+    stored = {name: one for name, one in open_safetensors(path).items() if not name.endswith(UNNEEDED)}
     dtype = torch.bfloat16 if all(one.dtype is torch.bfloat16 for one in stored.values()) else torch.float32
     text = read_text_model(path, drop=drop)
     config = config_of_text_model(text, config=config, recipe="bf16" if dtype is torch.bfloat16 else "fp32")
@@ -112,7 +114,7 @@ def _check_names(theirs: Weights, *, text: TextModel, rules: Sequence[Rule]) -> 
     """Raises ValueError where the text model has a tensor that no rule reads: it would be lost."""
     read = {EMBEDDING, *(name for rule in rules for name in rule.foreign)}
     unneeded = {HEAD} if text.is_tied else set()
-    odd = [name for name in theirs if name not in read | unneeded and not name.endswith("rotary_emb.inv_freq")]
+    odd = [name for name in theirs if name not in read | unneeded]
     if odd:
         raise ValueError(
             f"{text.path}: tensor {odd[0]} is none of a {text.family} model with its config.json ({len(odd)} such); "

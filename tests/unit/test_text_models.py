@@ -303,6 +303,15 @@ def test_a_tensor_that_nothing_reads_is_not_lost_in_silence(tmp_path: Path) -> N
         open_text_model(path)
 
 
+def test_what_old_files_hold_besides_changes_nothing(tmp_path: Path) -> None:
+    path = save(tmp_path, "llama", dtype=torch.bfloat16)
+    state = load_file(path / "model.safetensors")
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}
+    save_file(state | old, path / "model.safetensors")
+    model = open_text_model(path)
+    assert {one.dtype for one in model.weights.values()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
 def test_precision_is_kept(kind: torch.dtype, tmp_path: Path) -> None:
     model = open_text_model(save(tmp_path, "qwen3-tied", dtype=kind))
