@@ -1,4 +1,4 @@
-"""Package map: `kernels/` stands beside the library in the tree and is imported as `megaspeech.kernels`."""
+"""Package map: `kernels/` stands beside the library and is imported as `megaspeech.kernels`; the page goes along."""
 
 from setuptools import find_packages, setup
 
@@ -9,4 +9,5 @@ setup(
         *(f"megaspeech.kernels.{name}" for name in find_packages("kernels")),
     ],
     package_dir={"megaspeech.kernels": "kernels"},
+    package_data={"megaspeech.streaming": ["page/*"]},
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
+from rich.console import Console
 
 from megaspeech.codecs import SpectralCodec, SpectralConfig
 from megaspeech.config import Config, read_config
@@ -100,6 +102,25 @@ def content_of(folder: Path) -> dict[str, bytes]:
     return {
         path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
     }
+
+
+def prepare(config: Config, *, codec: SpectralCodec, tokenizer: Tokenizer) -> tuple[Any, list]:
+    """(the preparation of all units, the units), finished."""
+    from megaspeech.preparation.prepare import Preparation
+    from megaspeech.preparation.sources import list_units
+
+    preparation = Preparation(config, codec=codec, tokenizer=tokenizer)
+    units = list_units(config.sources, lines_per_shard=config.preparation.lines_per_shard)
+    preparation.run(units)
+    assert preparation.store.finish(units)
+    return preparation, units
+
+
+def shown(renderable: object) -> str:
+    """What a terminal would show."""
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(renderable)
+    return console.export_text()
 
 
 def prepare_units(

@@ -100,7 +100,8 @@ def _print_sample(console: Console, prefixes: list[Path], options: argparse.Name
     from megaspeech.preparation.inspection import check_made_with, inspect_sample, read_sample, stream_lines
 
     config = read_config(options.config, [])
-    codec, tokenizer = load_codec(config.codec.path), Tokenizer.load(config.data.tokenizer)
+    codec = load_codec(config.codec.path, name=config.codec.name, num_codebooks=config.streams.num_codebooks)
+    tokenizer = Tokenizer.load(config.data.tokenizer)
     codes_ST, header, name = read_sample(prefixes, options.sample)
     check_made_with(header, codec=codec, tokenizer=tokenizer)
     sample = inspect_sample(codes_ST, header=header, codec=codec, tokenizer=tokenizer)

@@ -15,7 +15,6 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -44,25 +43,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def share_of(array: str | None, environment: Mapping[str, str]) -> tuple[int, int]:
-    """(I, N) of `--array I/N`, else of the Slurm array task that the environment tells of, else (0, 1).
-
-    Raises:
-        ValueError: it is not I/N with 0 <= I < N.
-    """
-    if array is None and (count := environment.get("SLURM_ARRAY_TASK_COUNT")):
-        # By modulo, so that arrays from 1 do as well as those from 0.
-        return int(environment["SLURM_ARRAY_TASK_ID"]) % int(count), int(count)
-    index, _, count = (array or "0/1").partition("/")
-    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
-        raise ValueError(f"--array {array}: is not I/N with 0 <= I < N, such as 0/8 for the first of eight")
-    return int(index), int(count)
-
-
 def _prepare(config, options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from megaspeech.preparation import fitting
+    from megaspeech.preparation.job_array import share_of
     from megaspeech.preparation.prepare import Preparation
     from megaspeech.preparation.report import report
     from megaspeech.preparation.sources import list_units
@@ -73,16 +58,20 @@ def _prepare(config, options: argparse.Namespace) -> int:
     console = Console(width=None if sys.stdout.isatty() else 120)
     planned = [one for one in config.sources if options.dry_run and one.hours and not one.train]
     sources = [one for one in config.sources if one not in planned]
-    units = list_units(sources, lines_per_shard=config.preparation.lines_per_shard)
+    kept = None if options.dry_run else Path(config.data.directory) / "manifests"
+    units = list_units(sources, lines_per_shard=config.preparation.lines_per_shard, kept=kept)
     if options.dry_run:
         return _estimate(config, units, planned, encode_rate=options.encode_rate, console=console)
-    if count > 1 and not options.fit and (missing := fitting.what_is_missing(config)):
+    missing = fitting.what_is_missing(config)
+    if count > 1 and not options.fit and missing:
         raise ValueError(
             f"{missing[0]}: there is nothing in {_value(config, missing[0])!r} yet; run tools/prepare_data.py "
             f"{options.config} --fit once, before the array"
         )
     fitting.make_what_is_missing(config, units, say=console.print)
     if options.fit:
+        if not missing:
+            console.print(f"nothing is to be fitted: {config.codec.path} and {config.data.tokenizer} are there")
         return 0
     codec, tokenizer = fitting.load_codec_and_tokenizer(config)
     preparation = Preparation(config, codec=codec, tokenizer=tokenizer, say=console.print)

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from megaspeech.preparation.job_array import share_of
 from megaspeech.preparation.synthesis.from_text import SpeechSettings, Summary, TextToSpeech
 
 
@@ -36,12 +37,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of who says what, how fast and how high")
     parser.add_argument("--sample-rate", type=int, default=24000, help="Hz")
     parser.add_argument("--audio", default="flac", help="or wav")
-    parser.add_argument("--lines-per-unit", type=int, default=500, help="lines that are made together")
+    parser.add_argument("--lines-per-unit", type=int, default=0, help="of one tar: 5000, fewer of a short text")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--array", help="I/N: every N-th unit from I on; as SLURM_ARRAY_TASK_ID says if it is there")
+    parser.add_argument("--array", metavar="I/N", help="do every N-th unit, from I on (0 <= I < N)")
     arguments = parser.parse_args()
     try:
-        task, num_tasks = _share(arguments.array)
+        task, num_tasks = share_of(arguments.array, os.environ)
         settings = SpeechSettings(
             language=arguments.lang,
             voices=arguments.voices,
@@ -61,19 +62,6 @@ def main() -> int:
     summary, missing = speech.summary()
     _report(summary, missing=missing, output=arguments.output)
     return 0 if summary.num_utterances else 1
-
-
-def _share(array: str | None) -> tuple[int, int]:
-    """(task, number of tasks)."""
-    if array is None:
-        first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", 0))
-        return int(os.environ.get("SLURM_ARRAY_TASK_ID", first)) - first, int(
-            os.environ.get("SLURM_ARRAY_TASK_COUNT", 1)
-        )
-    task, _, num_tasks = array.partition("/")
-    if not (task.isdigit() and num_tasks.isdigit() and int(task) < int(num_tasks)):
-        raise ValueError(f"--array: {array!r} is not I/N with 0 <= I < N; write 0/16 to 15/16")
-    return int(task), int(num_tasks)
 
 
 def _report(summary: Summary, *, missing: int, output: Path) -> None:

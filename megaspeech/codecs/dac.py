@@ -3,14 +3,10 @@
 Shapes: B batch, Q codebooks, K entries of a codebook, T frames, N samples, D width of a latent.
 """
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
-from megaspeech.codecs.neural import NeuralCodec, load_pretrained
-
-PUBLISHED = "descript/dac_24khz"
+from megaspeech.codecs.neural import NeuralCodec
 
 
 class DacCodec(NeuralCodec):
@@ -19,7 +15,7 @@ class DacCodec(NeuralCodec):
     Its convolutions look ahead: what follows a waveform changes the codes of its last frames.
     """
 
-    name = "dac"
+    name, kind, published = "dac", "DacModel", "descript/dac_24khz"
     is_causal = False
 
     def __init__(self, model: nn.Module, *, num_codebooks: int | None = None, fingerprint: str = "random") -> None:
@@ -34,12 +30,6 @@ class DacCodec(NeuralCodec):
             num_codebooks=num_codebooks,
             fingerprint=fingerprint,
         )
-
-    @classmethod
-    def load(cls, path: str | Path, *, num_codebooks: int | None = None) -> "DacCodec":
-        """From a folder in transformers' format or the Hugging Face cache; raises as ``load_pretrained``."""
-        model, found = load_pretrained(path, kind="DacModel", codec=cls.name, published=PUBLISHED)
-        return cls(model, num_codebooks=num_codebooks, fingerprint=found)
 
     def latents(self, waveforms_B1N: Tensor) -> Tensor:
         """Latents ``[B, D, T]``."""

@@ -3,14 +3,10 @@
 Shapes: B batch, Q codebooks, K entries of a codebook, T frames, N samples, D width of a latent.
 """
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
-from megaspeech.codecs.neural import NeuralCodec, load_pretrained
-
-PUBLISHED = "facebook/encodec_24khz"
+from megaspeech.codecs.neural import NeuralCodec
 
 
 class EncodecCodec(NeuralCodec):
@@ -21,7 +17,7 @@ class EncodecCodec(NeuralCodec):
     for transformers gives no access to the LSTM's state.
     """
 
-    name = "encodec"
+    name, kind, published = "encodec", "EncodecModel", "facebook/encodec_24khz"
     is_causal = True
 
     def __init__(self, model: nn.Module, *, num_codebooks: int | None = None, fingerprint: str = "random") -> None:
@@ -45,12 +41,6 @@ class EncodecCodec(NeuralCodec):
             num_codebooks=num_codebooks,
             fingerprint=fingerprint,
         )
-
-    @classmethod
-    def load(cls, path: str | Path, *, num_codebooks: int | None = None) -> "EncodecCodec":
-        """From a folder in transformers' format or the Hugging Face cache; raises as ``load_pretrained``."""
-        model, found = load_pretrained(path, kind="EncodecModel", codec=cls.name, published=PUBLISHED)
-        return cls(model, num_codebooks=num_codebooks, fingerprint=found)
 
     def latents(self, waveforms_B1N: Tensor) -> Tensor:
         """Latents ``[B, D, T]``."""

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from megaspeech.codecs.moshi_mimi import KYUTAI_FILES, MoshiMimiCodec
-from megaspeech.codecs.neural import NEEDS, NeuralCodec, load_pretrained
+from megaspeech.codecs.neural import NEEDS, NeuralCodec
 from megaspeech.codecs.protocol import Codec
 from megaspeech.codecs.weights import locate
 
-PUBLISHED = "kyutai/mimi"
 PIECE_FRAMES = 750
 """Frames that are encoded at once, a minute of sound: attention takes the square of that in memory."""
 
@@ -24,7 +23,7 @@ PIECE_FRAMES = 750
 class MimiCodec(NeuralCodec):
     """Up to 32 codebooks of 2048, the first of which is semantic."""
 
-    name = "mimi"
+    name, kind, published = "mimi", "MimiModel", "kyutai/mimi"
     is_causal = can_stream = True
 
     def __init__(self, model: nn.Module, *, num_codebooks: int | None = None, fingerprint: str = "random") -> None:
@@ -42,17 +41,18 @@ class MimiCodec(NeuralCodec):
 
     @classmethod
     def load(cls, path: str | Path, *, num_codebooks: int | None = None) -> Codec:
-        """From a folder in transformers' format, the Hugging Face cache, or a folder with Kyutai's own file.
+        """From a folder in transformers' format, the Hugging Face cache, Kyutai's own file or a folder with it.
 
-        A folder that holds ``tokenizer-*.safetensors``, as those of the moshi runtime do, is opened by that runtime.
-        Raises as ``load_pretrained``.
+        Kyutai's, which a folder holds as ``tokenizer-*.safetensors``, is opened by the moshi runtime. Raises as
+        ``load_pretrained``.
         """
+        if Path(path).is_file():
+            return MoshiMimiCodec.load(path, num_codebooks=num_codebooks)
         needs = f"{NEEDS}, or Kyutai's {KYUTAI_FILES}"
-        folder = locate(path, codec=cls.name, needs=needs, published=PUBLISHED)
+        folder = locate(path, codec=cls.name, needs=needs, published=cls.published)
         if any(folder.glob(KYUTAI_FILES)):
             return MoshiMimiCodec.load(folder, num_codebooks=num_codebooks)
-        model, found = load_pretrained(folder, kind="MimiModel", codec=cls.name, published=PUBLISHED)
-        return cls(model, num_codebooks=num_codebooks, fingerprint=found)
+        return super().load(folder, num_codebooks=num_codebooks)
 
     def to(self, device: str | torch.device, *, dtype: torch.dtype = torch.float32) -> "MimiCodec":
         """See ``NeuralCodec``."""

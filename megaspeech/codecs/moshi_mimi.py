@@ -41,13 +41,15 @@ class MoshiMimiCodec(NeuralCodec):
 
     @classmethod
     def load(cls, path: str | Path, *, num_codebooks: int | None = None) -> "MoshiMimiCodec":
-        """From a folder with one ``tokenizer-*.safetensors``.
+        """From a folder with one ``tokenizer-*.safetensors``, or from such a file, whatever its name.
 
         Raises:
             ValueError: there is none, or several, or it cannot be read.
             ImportError: moshi is not installed; says how to.
         """
-        file = only_file(Path(path), (KYUTAI_FILES,), codec=cls.name, needs=KYUTAI_FILES)
+        file = Path(path)
+        if not file.is_file():
+            file = only_file(file, (KYUTAI_FILES,), codec=cls.name, needs=KYUTAI_FILES)
         os.environ.setdefault(
             "NO_TORCH_COMPILE", "1"
         )  # read once, when moshi is imported: else it compiles on CPUs too

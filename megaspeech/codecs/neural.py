@@ -26,8 +26,11 @@ class NeuralCodec(Codec):
     """A codec whose ``model`` has an ``encoder``, a ``quantizer`` and a ``decoder``; see ``protocol.Codec``.
 
     A waveform is padded to at least ``min_frames``: a network that reflects its input at the edges reads that much of
-    it for the first frame.
+    it for the first frame. ``kind`` is the class of transformers that ``load`` opens, ``published`` a name to download.
     """
+
+    kind: str
+    published: str
 
     can_stream = False
     min_frames = 1
@@ -69,6 +72,12 @@ class NeuralCodec(Codec):
         self.to("cpu")
         silence = self.encode(torch.zeros(1, SILENCE_SECONDS * sample_rate))[0]
         self.silence_codes = silence[:, silence.shape[1] // 2].clone()  # far from the edges, which sound different
+
+    @classmethod
+    def load(cls, path: str | Path, *, num_codebooks: int | None = None) -> Codec:
+        """From a folder in transformers' format or the Hugging Face cache; raises as ``load_pretrained``."""
+        model, found = load_pretrained(path, kind=cls.kind, codec=cls.name, published=cls.published)
+        return cls(model, num_codebooks=num_codebooks, fingerprint=found)
 
     def to(self, device: str | torch.device, *, dtype: torch.dtype = torch.float32) -> "NeuralCodec":
         """Compute on ``device`` from now on, encoder and decoder in ``dtype``; returns the codec itself."""

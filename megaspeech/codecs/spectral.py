@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from megaspeech.codecs.protocol import Codec
@@ -180,7 +180,7 @@ class SpectralCodec(Codec):
         """Write ``codec.json`` and ``codec.safetensors``."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        save_file(self._tables, directory / TABLES_FILE)
+        (directory / TABLES_FILE).write_bytes(save(self._tables))  # others may not read what `save_file` writes
         facts = {
             "name": self.name,
             "fingerprint": self.fingerprint,

@@ -291,7 +291,8 @@ def _batch(sections: Mapping[str, Any], world_size: int | None) -> Iterator[str]
     dp = max(1, (world_size or 1) // (tp * pp * cp))
     warmup = sections["optimizer"].lr_warmup_steps
     if warmup >= training.train_steps:
-        yield f"optimizer.lr_warmup_steps: {warmup} leaves nothing of training.train_steps = {training.train_steps}"
+        steps = training.train_steps
+        yield f"optimizer.lr_warmup_steps: {warmup} leaves nothing of training.train_steps = {steps}; set it lower"
     if sections["data"].pack:  # rows are made to fit the layout
         return
     if training.global_batch_size % (training.micro_batch_size * dp):

@@ -185,6 +185,8 @@ class DataSection(Section):
     """Frames from the text of a word to its sound, where the model speaks."""
     num_workers: Natural = 2
     """Processes that load batches ahead, on every rank that reads them; 0 loads in the step itself."""
+    valid_samples: Natural = 1000
+    """Of each set that a validation runs, evenly spread over it and always the same; 0 runs all of them."""
     codebook_dropout: float = Field(0.0, ge=0, le=1)
     """Share of the training samples that hear only the first few codebooks, the rest being zero tokens: a residual
     codec's later ones tell voices apart more than words (quantizer dropout, SoundStream, arXiv 2107.03312)."""

@@ -7,9 +7,10 @@ its own samples, and a sample that cannot be read changes the shape of nothing.
 from __future__ import annotations
 
 import resource
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,9 @@ from megaspeech.data.batch import Batch, collate_step, pack_rows
 from megaspeech.data.blending import Blend, find_sets, mixture_of, shares_of
 from megaspeech.data.samples import ShardSamples
 from megaspeech.data.storage import shards_directory
+
+AT_ONCE = 64
+"""Microbatches of a validation that a rank reads and runs together; rounded up to whole turns of a pipeline."""
 
 
 class _Draw(NamedTuple):
@@ -120,8 +124,35 @@ def _dealt_to(place: int, ranks: int) -> int:
     return ranks - 1 - rank if turn % 2 else rank
 
 
-def valid_batches(config: Config, *, dp_rank: int, dp_size: int) -> Mapping[str, list[Batch]]:
-    """All validation samples by the name of their set, as this rank's microbatches; every frame is counted.
+@dataclass(frozen=True)
+class ValidBatches:
+    """One data parallel rank's microbatches of a validation set, read anew whenever they are run.
+
+    Iterating gives some `AT_ONCE` of them at a time, on every rank as many, the last ones perhaps empty: what is in
+    memory does not grow with the set.
+
+    Attributes:
+        samples: the set.
+        groups: the samples of each microbatch.
+        at_once: microbatches that are read and run together.
+    """
+
+    samples: ShardSamples
+    groups: Sequence[Sequence[int]]
+    at_once: int
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        for first in range(0, len(self.groups), self.at_once):
+            groups = self.groups[first : first + self.at_once]
+            items = [[self._sample(index) for index in group] for group in groups]
+            yield collate_step(items, config=self.samples.config)
+
+    def _sample(self, index: int) -> dict[str, Any]:
+        return self.samples.sample(index, generator=np.random.default_rng(0))
+
+
+def valid_batches(config: Config, *, dp_rank: int, dp_size: int) -> dict[str, ValidBatches]:
+    """Validation samples by the name of their set: `data.valid_samples` of each; every frame of them is counted.
 
     Raises:
         ValueError: no name of the mixture has any.
@@ -129,18 +160,23 @@ def valid_batches(config: Config, *, dp_rank: int, dp_size: int) -> Mapping[str,
     whole = config.loss.model_copy(update={"silence_fraction": 1.0, "speech_fraction": 1.0})
     config = config.model_copy(update={"loss": whole})
     directory, batches = shards_directory(config.data, "valid", names=mixture_of(config)), {}
-    for name in _valid_sets(config, directory):
+    names, rounds = _valid_sets(config, directory), _rounds(config)
+    _allow_open_files(2 * config.data.shuffle_shards * len(names))
+    for name in names:
         samples = ShardSamples(directory, name=name, config=config)
-        lengths = samples.shards.lengths(np.arange(len(samples.shards)))
-        groups = _group(lengths.tolist(), config=config, dp_size=dp_size)
+        chosen = _evenly_spread(len(samples.shards), most=config.data.valid_samples)
+        groups = _group(samples.shards.lengths(chosen).tolist(), config=config, dp_size=dp_size)
+        groups = [chosen[group].tolist() for group in groups]
         # Every rank runs the same number of microbatches, the last ones perhaps empty.
-        groups += [[]] * (-len(groups) % (dp_size * _rounds(config)))
-        own = [
-            [samples.sample(index, generator=np.random.default_rng(0)) for index in group]
-            for group in groups[dp_rank::dp_size]
-        ]
-        batches[name] = collate_step(own, config=config)
+        groups += [[]] * (-len(groups) % (dp_size * rounds))
+        batches[name] = ValidBatches(samples, groups[dp_rank::dp_size], at_once=AT_ONCE + -AT_ONCE % rounds)
     return batches
+
+
+def _evenly_spread(size: int, *, most: int) -> np.ndarray:
+    """`most` of `size` places, or all of them where there are not so many or `most` is 0 `[D]` int64."""
+    count = min(size, most or size)
+    return np.arange(count) * size // count
 
 
 def _valid_sets(config: Config, directory: Path) -> list[str]:

@@ -9,7 +9,6 @@ in memory, and every shard is opened once an epoch.
 from __future__ import annotations
 
 import json
-import os
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from megaspeech.data.shards import REMEDY, Shard, ShardHeader, write_shard
+from megaspeech.data.whole_files import replacing
 
 CATALOGUE = "catalogue.json"
 
@@ -80,9 +80,9 @@ def write_catalogue(directory: str | Path) -> Catalogue:
             )
     counts = {key: [getattr(header, key) for header in headers.values()] for key in ("num_samples", "num_frames")}
     total = replace(first, num_samples=sum(counts["num_samples"]), num_frames=sum(counts["num_frames"]))
-    aside = directory / f"{CATALOGUE}.{os.getpid()}.part"
-    aside.write_text(json.dumps({"header": asdict(total), "shards": {"names": names, **counts}}), encoding="utf-8")
-    os.replace(aside, directory / CATALOGUE)
+    content = json.dumps({"header": asdict(total), "shards": {"names": names, **counts}})
+    with replacing(directory / CATALOGUE) as aside:
+        aside.write_text(content, encoding="utf-8")
     return Catalogue.read(directory)
 
 

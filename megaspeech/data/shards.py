@@ -23,6 +23,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megaspeech.config import Config
 from megaspeech.data.storage import has_samples_here, open_samples
 from megaspeech.data.tasks import ZERO_TOKEN
+from megaspeech.data.whole_files import replacing
 
 FORMAT = 3
 READ_SIZE = 1 << 24  # bytes
@@ -185,9 +186,8 @@ def finish_shard(prefix: str | Path, *, header: ShardHeader, checksums: Sequence
         num_bytes={suffix: os.path.getsize(f"{prefix}.{suffix}") for suffix in ("bin", "idx", "xxh64")},
         checksums={suffix: _checksum_of(Path(f"{prefix}.{suffix}")) for suffix in ("idx", "xxh64")},
     )
-    aside = Path(f"{prefix}.json.part")
-    aside.write_text(json.dumps(asdict(header), indent=1), encoding="utf-8")
-    os.replace(aside, f"{prefix}.json")
+    with replacing(f"{prefix}.json") as aside:
+        aside.write_text(json.dumps(asdict(header), indent=1), encoding="utf-8")
     return header
 
 

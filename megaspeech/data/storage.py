@@ -20,6 +20,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.object_storage_utils import ObjectStorageConfig, parse_s3_path
 
 from megaspeech.config.schema import DataSection
+from megaspeech.data.whole_files import replacing
 
 S3 = "s3://"
 ORIGIN = "origin"
@@ -58,8 +59,8 @@ def _fetch(bucket: str, prefix: str, *, cache: Path) -> None:
         if path.is_file() and path.stat().st_size == entry["Size"] and path.suffix != ".json":
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        client.download_file(bucket, entry["Key"], f"{path}.part")
-        os.replace(f"{path}.part", path)
+        with replacing(path) as aside:
+            client.download_file(bucket, entry["Key"], str(aside))
 
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         list(pool.map(fetch, found))

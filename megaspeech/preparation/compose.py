@@ -5,7 +5,7 @@ Axes: Q codebooks, S streams (text, the model's own codebooks, the heard codeboo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +13,8 @@ import numpy as np
 from megaspeech.codecs.protocol import Codec
 from megaspeech.config import Config
 from megaspeech.data.shards import FORMAT, ShardHeader
-from megaspeech.data.tasks import PROMPT_FRAMES, Timing, lay_out, settle, text_stream
-from megaspeech.data.tokenizer import Tokenizer
+from megaspeech.data.tasks import PROMPT_FRAMES, Task, Timing, lay_out, settle, text_stream
+from megaspeech.data.tokenizer import SpelledWord, Tokenizer
 from megaspeech.preparation.alignment import align, check_text
 from megaspeech.preparation.recording import Recording
 from megaspeech.preparation.utterance import Utterance
@@ -56,7 +56,8 @@ def compose(
         ValueError: the tokenizer has no prompt for the task: nothing of it can be prepared.
     """
     if utterance.task.name == "text":
-        return _compose_text(utterance, config=config, codec=codec, tokenizer=tokenizer)
+        (whole,) = compose_text(utterance, config=config, codec=codec, tokenizer=tokenizer)
+        return whole
     task, timing, rate = utterance.task, timing_of(config), codec.frame_rate
     heard = None if utterance.heard is None else codes[utterance.heard]
     spoken = None if utterance.spoken is None else codes[utterance.spoken]
@@ -88,10 +89,40 @@ def compose(
     )
 
 
-def _compose_text(utterance: Utterance, *, config: Config, codec: Codec, tokenizer: Tokenizer) -> Composed:
-    """Text alone, one piece a frame."""
-    task, words = utterance.task, tokenizer.spell(utterance.text, ends=True)
+def compose_text(
+    utterance: Utterance, *, config: Config, codec: Codec, tokenizer: Tokenizer, most_frames: int | None = None
+) -> list[Composed]:
+    """Text alone, one piece a frame: one sample, or as many of at most `most_frames` as it takes.
+
+    It is cut between words, and only there: a word that is longer by itself makes a sample that is too long. Each
+    sample begins with the prompt, and is as full as its last word allows; end of sentence is in the last one alone, so
+    that a sample that is cut does not teach to end there.
+
+    Args:
+        utterance: of the task `text`.
+        config, codec, tokenizer: as of `compose`.
+        most_frames: of a sample, prompt included; None makes one sample of any length.
+
+    Raises:
+        UnusableTextError: the text is empty, or wholly unknown.
+    """
+    words = tokenizer.spell(utterance.text, ends=True)
     check_text(tokenizer.normalise(utterance.text), words=words)
+    portions: list[list[SpelledWord]] = [[]]
+    num_frames = PROMPT_FRAMES
+    for word in words:
+        num_frames += len(word.pieces)
+        if most_frames is not None and num_frames > most_frames and portions[-1]:
+            portions.append([])
+            num_frames = PROMPT_FRAMES + len(word.pieces)
+        portions[-1].append(word)
+    return [_written(one, utterance.task, config=config, codec=codec, tokenizer=tokenizer) for one in portions]
+
+
+def _written(
+    words: Sequence[SpelledWord], task: Task, *, config: Config, codec: Codec, tokenizer: Tokenizer
+) -> Composed:
+    """A sample of words that nobody says."""
     pieces = [piece for word in words for piece in word.pieces]
     prompt = tokenizer.encode_prompt(task)
     codes_ST = lay_out(

@@ -112,6 +112,11 @@ def _num_seconds(utterance: Utterance) -> float | None:
     return None if None in lengths else max(lengths, default=0.0)
 
 
+def _short(value: float) -> str:
+    """Three digits, or all of a whole number: 0.253, 31.4, 1,000,000."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def estimate_table(estimates: Sequence[Estimate], *, encode_rate: float | None = None) -> Table:
     """For a terminal. `encode_rate` is that of one GPU, in times real time."""
     table = Table("split", "source", title="To be prepared")
@@ -121,9 +126,9 @@ def estimate_table(estimates: Sequence[Estimate], *, encode_rate: float | None =
     total = Estimate("all", "", **{name: sum(getattr(one, name) for one in estimates) for name in (*counts, "hours")})
     for one in (*estimates, total):
         table.add_row(
-            *(one.split, one.source, f"{one.num_units:,}", f"{one.num_samples:,.0f}", f"{one.hours:,.7g}"),
-            *(f"{one.num_shards:,.0f}", f"{one.num_bytes / 1e9:,.4g}"),
-            f"{one.hours / encode_rate:,.0f}" if encode_rate else "-",
+            *(one.split, one.source, f"{one.num_units:,}", f"{one.num_samples:,.0f}", _short(one.hours)),
+            *(f"{one.num_shards:,.0f}", _short(one.num_bytes / 1e9)),
+            _short(one.hours / encode_rate) if encode_rate else "-",
             end_section=one is estimates[-1],
         )
     notes = {

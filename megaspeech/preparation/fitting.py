@@ -7,7 +7,7 @@ every bit, and then their shards would not go together. Array tasks find both, o
 from __future__ import annotations
 
 import os
-import uuid
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from megaspeech.codecs.registry import load_codec
-from megaspeech.codecs.spectral import CODEC_FILE, SpectralCodec, SpectralConfig
+from megaspeech.codecs.spectral import CODEC_FILE, TABLES_FILE, SpectralCodec, SpectralConfig
 from megaspeech.config import Config
 from megaspeech.data.tokenizer import Tokenizer, train_tokenizer
+from megaspeech.data.whole_files import replacing
 from megaspeech.preparation.decode import Decoder, Rejection
 from megaspeech.preparation.encoding import encoding_device
 from megaspeech.preparation.prepare import limits_of
@@ -97,12 +98,11 @@ def _fit_codec(config: Config, utterances: Sequence[Utterance]) -> str:
         raise ValueError(f"{first}no {'other ' * bool(first)}recording of the train manifests can be used")
     codec = SpectralCodec.fit(waveforms, config=sizes)
     path = Path(config.codec.path)
-    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-    codec.save(aside)
     path.mkdir(parents=True, exist_ok=True)
-    for file in sorted(aside.iterdir(), key=lambda file: file.name == CODEC_FILE):  # which says that it is whole
-        os.replace(file, path / file.name)
-    aside.rmdir()
+    with tempfile.TemporaryDirectory(dir=path) as aside:
+        codec.save(aside)
+        for name in (TABLES_FILE, CODEC_FILE):  # the last one says that it is whole
+            os.replace(Path(aside) / name, path / name)
     return (
         f"spectral codec fitted on {sum(map(len, waveforms)) / codec.sample_rate / 60:.0f} minutes: "
         f"{codec.num_codebooks} codebooks of {codec.cardinality} at {codec.frame_rate} frames a second"
@@ -116,7 +116,6 @@ def _train_tokenizer(config: Config, utterances: Sequence[Utterance], *, units: 
     tokenizer = train_tokenizer(texts, vocabulary_size=config.streams.text_cardinality, languages=languages)
     path = Path(config.data.tokenizer)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-    aside.write_bytes(tokenizer.model)
-    os.replace(aside, path)
+    with replacing(path) as aside:
+        aside.write_bytes(tokenizer.model)
     return f"tokenizer of {tokenizer.vocabulary_size} pieces trained on {len(texts):,} texts"

@@ -6,10 +6,10 @@ longer than those that are trained on, is written down with its reason, and the 
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from megaspeech.data.tokenizer import Tokenizer
 from megaspeech.preparation.alignment import UnusableTextError
 from megaspeech.preparation.audio_checks import Limits
 from megaspeech.preparation.augmentation import others_of
-from megaspeech.preparation.compose import Composed, compose, shard_header
+from megaspeech.preparation.compose import Composed, compose, compose_text, shard_header
 from megaspeech.preparation.decode import Decoder, Rejection
 from megaspeech.preparation.encoding import Window, decoded_windows, encode_window
 from megaspeech.preparation.reading import is_altered, read_utterances, recordings_of
@@ -30,7 +30,7 @@ from megaspeech.preparation.reading_ahead import ahead
 from megaspeech.preparation.recording import Recording
 from megaspeech.preparation.sources import Refused, Unit
 from megaspeech.preparation.timeline import Timeline
-from megaspeech.preparation.units import UnitStore
+from megaspeech.preparation.units import Totals, UnitStore
 from megaspeech.preparation.utterance import Utterance
 
 NOTES = ("moved_words", "frames_past_end", "unknown_pieces")
@@ -150,40 +150,50 @@ class Preparation:
 
     def _write(self, read: UnitRead) -> None:
         samples: dict[str, list[np.ndarray]] = defaultdict(list)
-        notes, largest_shift = Counter(), 0
+        totals = Totals(seconds=read.seconds)
+        totals.effects.update(effect for one in read.codes if one.plan for effect in one.plan.effects)
         rejected = [_rejection(read.unit, path=line.where, reason=line.reason) for line in read.refused]
+        known: set[Hashable] = set()
         with self.timeline.span("write", f"{read.unit.source.name} {read.unit.number}"):
             for utterance in read.utterances:
-                composed = self._compose(utterance, read)
+                task, composed = utterance.task.key, self._compose(utterance, read)
                 if isinstance(composed, dict):
-                    task = utterance.task.key
-                    for recording, reason in composed.items():
-                        rejected.append(_rejection(read.unit, path=recording, reason=reason, task=task))
+                    if not _is_known(composed, utterance, known=known):
+                        rejected += [
+                            _rejection(read.unit, path=path, reason=reason, task=task)
+                            for path, reason in composed.items()
+                        ]
                     continue
-                samples[utterance.task.key].append(composed.codes_ST)
-                notes.update({name: getattr(composed, name) for name in NOTES})
-                largest_shift = max(largest_shift, composed.largest_shift)
+                for one in composed:
+                    samples[task].append(one.codes_ST)
+                    totals.notes.update({name: count for name in NOTES if (count := getattr(one, name))})
+                    totals.largest_shift = max(totals.largest_shift, one.largest_shift)
+                if len(composed) > 1:
+                    totals.notes["text_cuts"] += len(composed) - 1
             self.store.publish(
                 read.unit,
                 samples,
                 header=lambda task: shard_header(task, config=self.config, codec=self.codec, tokenizer=self.tokenizer),
                 rejected=rejected,
-                notes=+notes,
-                largest_shift=largest_shift,
-                seconds=read.seconds,
+                totals=totals,
             )
 
-    def _compose(self, utterance: Utterance, read: UnitRead) -> Composed | dict[Path, str]:
-        """The sample of a line; or why there is none, by file."""
+    def _compose(self, utterance: Utterance, read: UnitRead) -> list[Composed] | dict[Path, str]:
+        """The samples of a line, one unless it is a long text; or why there is none, by file."""
         faults = {one.path: read.unusable[one] for one in utterance.recordings if one in read.unusable}
         if faults:
             return faults
+        made_with = {"config": self.config, "codec": self.codec, "tokenizer": self.tokenizer}
+        most = self.config.data.num_frames
         path = utterance.recordings[0].path if utterance.recordings else read.unit.path
         try:
-            composed = compose(utterance, read.codes, config=self.config, codec=self.codec, tokenizer=self.tokenizer)
+            if utterance.task.name == "text":
+                composed = compose_text(utterance, **made_with, most_frames=most)
+            else:
+                composed = [compose(utterance, read.codes, **made_with)]
         except UnusableTextError as fault:
             return {path: str(fault)}
-        num_frames, most = composed.codes_ST.shape[1], self.config.data.num_frames
+        num_frames = max(one.codes_ST.shape[1] for one in composed)
         if num_frames > most:
             return {path: f"too long: {num_frames} frames with prompt and delays, more than data.num_frames = {most}"}
         return composed
@@ -239,6 +249,15 @@ def check_sizes(streams: StreamsSection, *, codec: Codec, tokenizer: Tokenizer) 
             f"streams.num_given_codebooks = {streams.num_given_codebooks}, but the codec {codec.name!r} has "
             f"{codec.num_codebooks} codebooks; set it to {codec.num_codebooks} or less"
         )
+
+
+def _is_known(faults: Mapping[Path, str], utterance: Utterance, *, known: set[Hashable]) -> bool:
+    """Whether a recording has been set aside for the same reason in another version of its; adds to `known`."""
+    bare = tuple(replace(one, plan=None) for one in utterance.recordings)
+    key = (utterance.task, bare, *faults.values())
+    is_version, was_known = any(one.plan for one in utterance.recordings), key in known
+    known.add(key)
+    return is_version and was_known
 
 
 def _rejection(unit: Unit, *, path: object, reason: str, task: str = "") -> dict[str, str]:

@@ -8,13 +8,15 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from megaspeech.config.preparation import EFFECTS
 from megaspeech.preparation.timeline import Timeline
 from megaspeech.preparation.units import Totals, UnitStore
 
 _NOTES = {
     "moved_words": "words stand later than they should, because the ones before them took their frames",
-    "frames_past_end": "frames of text after the end of its audio",
+    "frames_past_end": "frames of text stand after the end of their audio",
     "unknown_pieces": "stretches of text left out, which the tokenizer has no piece for",
+    "text_cuts": "samples more, because texts that are longer than a sample were cut between words",
 }
 
 
@@ -32,6 +34,9 @@ def report(store: UnitStore, units: Sequence, *, frame_rate: float, timeline: Ti
     for name, count in together.notes.items():
         farthest = f", at most {together.largest_shift} frames" if name == "moved_words" else ""
         parts.append(Text(f"{count:,} {_NOTES[name]}{farthest}"))
+    if together.effects:
+        shown = ", ".join(f"{name} {together.effects[name]:,}" for name in EFFECTS if together.effects[name])
+        parts.append(Text(f"Recordings altered, each version by itself: {shown}"))
     if timeline.seconds("encode"):
         parts.append(_encoder(timeline))
     return Group(*parts)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from megaspeech.preparation.manifests.folder import audio_files
 from megaspeech.preparation.recording import Recording
 
-SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a"}
 
-
-def find_sounds(path: str, *, key: str) -> list[Recording]:
+@functools.lru_cache(maxsize=4)  # every unit asks, and a folder of a million noises takes long to list
+def find_sounds(path: str, *, key: str) -> tuple[Recording, ...]:
     """The recordings of a folder (all below it, sorted) or of a JSONL manifest (in its order).
 
     Args:
@@ -26,17 +27,16 @@ def find_sounds(path: str, *, key: str) -> list[Recording]:
     """
     place = Path(path)
     if place.is_dir():
-        found = sorted(file for file in place.rglob("*") if file.suffix.lower() in SUFFIXES)
-        sounds = [Recording(file) for file in found]
+        sounds = tuple(Recording(place / name) for name in audio_files(place))
     elif place.is_file():
         lines = place.read_text(encoding="utf-8").split("\n")
-        sounds = [
+        sounds = tuple(
             _recording(line, manifest=place, number=number) for number, line in enumerate(lines, 1) if line.strip()
-        ]
+        )
     else:
         raise ValueError(f"{key}: {path!r} is neither a folder nor a manifest; check the path")
     if not sounds:
-        raise ValueError(f"{key}: {path!r} holds no audio ({', '.join(sorted(SUFFIXES))}); check the path")
+        raise ValueError(f"{key}: {path!r} holds no audio; check the path")
     return sounds
 
 

@@ -1,36 +1,33 @@
 """Sources cut into units of work: so many lines of a manifest, which become one shard a task.
 
 Whoever lists the units of the same sources gets the same ones with the same numbers, so that any number of jobs share
-them out by themselves. Listing reads a manifest once by blocks of bytes and keeps where units begin; reading a unit
-begins there. Memory does not grow with the number of lines.
+them out by themselves. Listing finds where units begin in a manifest (`line_index`); reading a unit begins
+there. Memory does not grow with the number of lines.
 """
 
 from __future__ import annotations
 
 import glob
-import gzip
 import math
 import os
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 import numpy as np
 import xxhash
 
 from megaspeech.config.preparation import SourceSection
 from megaspeech.data.tasks import LANGUAGE
+from megaspeech.preparation.line_index import line_starts, open_manifest
 from megaspeech.preparation.manifests import folder, lhotse_cuts, moshi_finetune, nemo
 from megaspeech.preparation.manifests.line import LANGUAGE_NAMES, TASK_NAMES
 from megaspeech.preparation.utterance import Utterance
 
 Split = Literal["train", "valid"]
-BLOCK = 4 << 20
-"""Bytes of a manifest that are looked at together."""
-
 _READERS: dict[str, Callable[..., list[Utterance]]] = {
     "nemo": nemo.read_line,
     "moshi": moshi_finetune.read_line,
@@ -78,18 +75,19 @@ class Unit:
         return f"{self.path}, lines {self.first_line + 1} to {self.first_line + self.num_lines}"
 
 
-def list_units(sources: Iterable[SourceSection], *, lines_per_shard: int) -> list[Unit]:
+def list_units(sources: Iterable[SourceSection], *, lines_per_shard: int, kept: Path | None = None) -> list[Unit]:
     """The units of all sources, in the same order with the same numbers whoever asks.
 
     Where a share is held out, "train" has one unit for each block of `lines_per_shard` lines, and "valid" one for as
-    many blocks as it takes to hold out about `lines_per_shard` of them.
+    many blocks as it takes to hold out about `lines_per_shard` of them. `kept` is a folder that remembers where the
+    lines of manifests begin (`line_index`).
 
     Raises:
         ImportError: a source has Lhotse's cuts, and lhotse is not installed.
         ValueError: a source names nothing that can be read, or not enough to know its task; names the key, the value
             and the remedy.
     """
-    return [unit for source in sources for unit in _units_of(source, lines_per_shard=lines_per_shard)]
+    return [unit for source in sources for unit in _units_of(source, lines_per_shard=lines_per_shard, kept=kept)]
 
 
 def evenly_spread(units: Sequence[Unit], *, most: int) -> list[Unit]:
@@ -158,15 +156,16 @@ def _lines(unit: Unit) -> Iterator[tuple[int, bytes]]:
         files = folder.audio_files(unit.path, first=unit.first_file)
         yield from enumerate(map(os.fsencode, islice(files, unit.num_lines)), first)
         return
-    with _open(unit.path) as file:
+    with open_manifest(unit.path) as file:
         file.seek(unit.offset)
         yield from enumerate(islice(file, unit.num_lines), first)
 
 
-def _units_of(source: SourceSection, *, lines_per_shard: int) -> Iterator[Unit]:
+def _units_of(source: SourceSection, *, lines_per_shard: int, kept: Path | None) -> Iterator[Unit]:
     _check(source)
-    blocks = _blocks(source, "train", lines_per_shard=lines_per_shard) if source.train else []
-    valid = _blocks(source, "valid", lines_per_shard=lines_per_shard) if source.valid else []
+    cut = {"lines_per_shard": lines_per_shard, "kept": kept}
+    blocks = _blocks(source, "train", **cut) if source.train else []
+    valid = _blocks(source, "valid", **cut) if source.valid else []
     if twice := {block.path for block in blocks} & {block.path for block in valid}:
         raise ValueError(f"sources.{source.name}.valid: {min(twice)} is one of 'train' too; name other files")
     if source.held_out:
@@ -203,10 +202,10 @@ def _check(source: SourceSection) -> None:
         raise ValueError(f"{key}.target_lang: is missing; give the language of the text, which no file of it names")
 
 
-def _blocks(source: SourceSection, split: Split, *, lines_per_shard: int) -> list[Unit]:
+def _blocks(source: SourceSection, split: Split, *, lines_per_shard: int, kept: Path | None) -> list[Unit]:
     """Every `lines_per_shard` lines of each manifest of a split, as units not yet numbered."""
     paths = _paths(source, split)
-    find = _folder_blocks if source.format == "folder" else _file_blocks
+    find = _folder_blocks if source.format == "folder" else partial(_file_blocks, kept=kept)
     blocks = [Unit(source, split, 0, path, **place) for path in paths for place in find(path, lines_per_shard)]
     if not blocks:
         raise ValueError(f"sources.{source.name}.{split}: there is nothing in {getattr(source, split)!r}; leave it out")
@@ -240,25 +239,10 @@ def _folder_blocks(path: Path, num_lines: int) -> Iterator[dict]:
         first_line += len(block)
 
 
-def _file_blocks(path: Path, num_lines: int) -> list[dict]:
-    """Where every `num_lines`-th line begins."""
-    offsets, total = [0], 0
-    try:
-        with _open(path) as file:
-            position, ending = 0, b"\n"
-            while block := file.read(BLOCK):
-                ends = np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == ord("\n"))
-                wanted = ends[num_lines - 1 - total % num_lines :: num_lines]
-                offsets.extend((position + 1 + wanted).tolist())
-                total, position, ending = total + len(ends), position + len(block), block[-1:]
-    except (EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{path}: unreadable: {error}; write the manifest anew") from None
-    total += ending != b"\n"  # a last line that does not end
-    starts = range(0, total, num_lines)
-    return [
-        {"first_line": first, "num_lines": min(num_lines, total - first), "offset": offset}
-        for first, offset in zip(starts, offsets, strict=False)  # without what begins at the very end
-    ]
+def _file_blocks(path: Path, num_lines: int, *, kept: Path | None) -> Iterator[dict]:
+    offsets, total = line_starts(path, every=num_lines, kept=kept)
+    for first, offset in zip(range(0, total, num_lines), offsets.tolist(), strict=True):
+        yield {"first_line": first, "num_lines": min(num_lines, total - first), "offset": offset}
 
 
 def _joined(blocks: Iterable[Unit], *, at_once: int) -> Iterator[Unit]:
@@ -266,7 +250,3 @@ def _joined(blocks: Iterable[Unit], *, at_once: int) -> Iterator[Unit]:
     for _, of_one in groupby(blocks, key=lambda block: block.path):
         while several := list(islice(of_one, at_once)):
             yield replace(several[0], num_lines=sum(block.num_lines for block in several))
-
-
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")

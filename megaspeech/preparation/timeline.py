@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from megaspeech.data.whole_files import replacing
 
 LANES = ("decode", "wait", "encode", "write")
 """What is recorded: decoding, the encoder waiting for it, encoding, and composing and writing samples."""
@@ -68,9 +69,11 @@ class Timeline:
         if path.suffix not in (".json", ".png"):
             raise ValueError(f"timeline {path}: {path.suffix or 'no suffix'!r}; name a .png or a .json file")
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f"{path.stem}.part{path.suffix}")
-        self._draw(aside) if path.suffix == ".png" else aside.write_text(json.dumps(self._trace()), encoding="utf-8")
-        os.replace(aside, path)
+        with replacing(path) as aside:
+            if path.suffix == ".png":
+                self._draw(aside)
+            else:
+                aside.write_text(json.dumps(self._trace()), encoding="utf-8")
 
     def _trace(self) -> dict:
         names = [
@@ -105,4 +108,4 @@ class Timeline:
             f"The encoder waited (red) {self.share_waited:.1%} of its time; its first batch came after "
             f"{self.seconds_to_first:.1f} s"
         )
-        figure.savefig(path, dpi=110)
+        figure.savefig(path, format="png", dpi=110)

@@ -4,6 +4,7 @@
     data.directory/{train,valid}/SOURCE/units/{unit:06d}.{json,rejected.jsonl} the done-mark; what was left out, and why
     data.directory/{train,valid}/SOURCE/TASK/catalogue.json                    when every unit of all sources is done
     data.directory/rejected.jsonl                                              all that was left out, likewise
+    data.directory/manifests/                                                  see `line_index`
 
 A unit's files are written to a folder of their own and renamed, the done-mark last. What a unit becomes follows from
 its lines, its audio and the config alone, so that a unit made twice, after a kill or by two array tasks that were given
@@ -26,6 +27,7 @@ import numpy as np
 
 from megaspeech.data.shard_set import write_catalogue
 from megaspeech.data.shards import ShardHeader, write_shard
+from megaspeech.data.whole_files import replacing
 from megaspeech.preparation.audio_checks import kind_of
 from megaspeech.preparation.sources import Unit
 
@@ -44,6 +46,8 @@ class Totals:
     """By the first words of the reason."""
     notes: Counter[str] = field(default_factory=Counter)
     """Of what was kept though something was changed, for the report."""
+    effects: Counter[str] = field(default_factory=Counter)
+    """Recordings by what was done to them, each altered version by itself (`Plan.effects`)."""
     largest_shift: int = 0
     """Frames by which the word that was moved farthest was."""
     seconds: float = 0.0
@@ -51,7 +55,7 @@ class Totals:
 
     def add(self, other: Totals) -> None:
         """Take another's into this one's."""
-        for name in ("samples", "frames", "rejected", "notes"):
+        for name in ("samples", "frames", "rejected", "notes", "effects"):
             getattr(self, name).update(getattr(other, name))
         self.largest_shift = max(self.largest_shift, other.largest_shift)
         self.seconds += other.seconds
@@ -116,10 +120,8 @@ class UnitStore:
         samples: Mapping[str, Sequence[np.ndarray]],
         *,
         header: Callable[[str], ShardHeader],
-        rejected: Iterable[Mapping[str, str]],
-        notes: Mapping[str, int],
-        largest_shift: int,
-        seconds: float,
+        rejected: Sequence[Mapping[str, str]],
+        totals: Totals,
     ) -> None:
         """Write a unit's shards, what was left out, and then the mark that it is done.
 
@@ -128,14 +130,13 @@ class UnitStore:
             samples: `[S, T]` by `Task.key`.
             header: of a task's shard.
             rejected: lines for `rejected.jsonl`; "reason" is counted.
-            notes, largest_shift, seconds: for the totals.
+            totals: what became of the unit beside that; samples, frames and rejections are counted in here.
         """
-        totals = Totals(notes=Counter(notes), largest_shift=largest_shift, seconds=seconds)
         # Another task that does this unit too has a folder of another name.
         aside = self.folder(unit) / UNITS / f"{unit.number:06d}.{uuid.uuid4().hex}.part"
         try:
             aside.mkdir(parents=True)
-            self._write(unit, aside, samples, header=header, rejected=list(rejected), totals=totals)
+            self._write(unit, aside, samples, header=header, rejected=rejected, totals=totals)
             self._move_in(unit, aside, tasks=list(samples))
         except FileNotFoundError:
             if not self.is_done(unit):  # else that task was faster, and cleared up: see `finish`
@@ -233,12 +234,10 @@ class UnitStore:
         return together
 
     def _join_rejections(self, units: Sequence[Unit]) -> None:
-        aside = self.directory / f"{REJECTED}.{uuid.uuid4().hex}.part"
-        with aside.open("wb") as file:
+        with replacing(self.directory / REJECTED) as aside, aside.open("wb") as file:
             for unit in units:
                 with self.rejections(unit).open("rb") as part:
                     shutil.copyfileobj(part, file)
-        os.replace(aside, self.directory / REJECTED)
 
 
 def _made_of(unit: Unit) -> dict[str, Any]:

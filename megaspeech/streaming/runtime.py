@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 
 if TYPE_CHECKING:
     from moshi.models import LMGen, LMModel
@@ -63,7 +64,7 @@ def load_runtime(
         ImportError: moshi is not installed.
     """
     directory = Path(directory)
-    config = _read_config(directory / CONFIG_FILE)
+    config = read_runtime_config(directory)
     weights = directory / config.get("moshi_name", WEIGHTS_FILE)
     _require_file(weights)
     if config.get("quantize"):
@@ -79,7 +80,7 @@ def load_runtime(
             config_path=directory / CONFIG_FILE,
         )
         return info.get_moshi(device=device, dtype=dtype)
-    except (RuntimeError, TypeError, KeyError, AssertionError) as error:
+    except (RuntimeError, TypeError, KeyError, AssertionError, SafetensorError) as error:
         raise ValueError(
             f"{directory}: {CONFIG_FILE} and {weights.name} do not make a model that moshi {MOSHI_VERSION} can load "
             f"({type(error).__name__}: {error}); export the checkpoint again"
@@ -89,18 +90,21 @@ def load_runtime(
 def make_generator(
     lm: LMModel,
     *,
+    temperature: float | None = None,
     on_text_logits_hook: TokenHook | None = None,
     on_text_hook: TokenHook | None = None,
     on_audio_hook: TokenHook | None = None,
 ) -> LMGen:
-    """A greedy generator over `lm`.
+    """A generator over `lm` that takes the most likely tokens, or draws them with a temperature.
 
     The hooks may change in place: text logits `[B, 1, 1, V]`, text tokens `[B]`, own codes `[B, Q]`, in this order
     at every step.
     """
     return import_moshi(lm.device).LMGen(
         lm,
-        use_sampling=False,
+        use_sampling=temperature is not None,
+        temp=temperature or 0.0,
+        temp_text=temperature or 0.0,
         on_text_logits_hook=on_text_logits_hook,
         on_text_hook=on_text_hook,
         on_audio_hook=on_audio_hook,
@@ -126,8 +130,14 @@ def _require_file(path: Path) -> None:
         raise ValueError(f"there is no file {path}; export the checkpoint into this directory first")
 
 
-def _read_config(path: Path) -> dict:
-    """The parsed config. Without `context` the runtime has no size for its cache and would fail at the first step."""
+def read_runtime_config(directory: str | Path) -> dict:
+    """The `config.json` of an exported model.
+
+    Raises:
+        ValueError: it is missing or no JSON, or has no `context`, without which the runtime has no size for its cache
+            and would fail at the first step.
+    """
+    path = Path(directory) / CONFIG_FILE
     _require_file(path)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

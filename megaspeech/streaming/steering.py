@@ -38,6 +38,11 @@ class TextScript:
         self._waited = 0
         self._pad, self._end_pad = streams.text_pad_id, streams.text_end_pad_id
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to force."""
+        return not self._forced and not self._words
+
     def choose(self, token: int) -> int:
         """The token of this frame, given the model's own choice. To be called once a frame, in order."""
         if self._forced:

@@ -7,7 +7,6 @@ ranks run one after the other in the same processes.
 from __future__ import annotations
 
 import json
-import os
 import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from megaspeech.config import Config, read_config
 from megaspeech.data.synthetic import write_synthetic_shards
+from megaspeech.data.whole_files import replacing
 from megaspeech.parallel import groups
 from megaspeech.training.one_run import QUIET, curve, seed_checkpoint, train_here
 
@@ -135,9 +135,8 @@ class Job:
     def write_all(jobs: Iterable[Job], path: Path) -> None:
         """Hand jobs to other processes."""
         values = [(job.plan.name, str(job.directory), str(job.reference), job.overrides) for job in jobs]
-        aside = path.with_suffix(".part")
-        aside.write_text(json.dumps(values), encoding="utf-8")
-        os.replace(aside, path)
+        with replacing(path) as aside:
+            aside.write_text(json.dumps(values), encoding="utf-8")
 
     @classmethod
     def read_all(cls, path: Path) -> list[Job]:

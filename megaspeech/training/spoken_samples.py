@@ -5,7 +5,7 @@ Teacher-forced, because that runs through any layout's pipeline; the streamed an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -29,16 +29,16 @@ def log_spoken_sample(
     *,
     step: int,
     chunks: Sequence[torch.nn.Module],
-    batches: Mapping[str, list[Batch]],
+    valid: Mapping[str, Iterable[list[Batch]]],
     codec: Codec | None,
     config: Config,
     grid: Grid,
 ) -> None:
     """Write sound and spectrogram of the first validation sample of every spoken task; all ranks call this."""
-    for task in (name for name in batches if name.rpartition("/")[-1].startswith(SPOKEN)):
+    for task in (name for name in valid if name.rpartition("/")[-1].startswith(SPOKEN)):
         device = next(chunks[0].parameters()).device
         # An interleaved pipeline runs as many microbatches at a time as it has stages: the same one again.
-        batch, repeats = batches[task][0].to(device), config.parallel.pipeline_model_parallel_size
+        batch, repeats = next(iter(valid[task]))[0].to(device), config.parallel.pipeline_model_parallel_size
         for chunk in chunks:
             chunk.eval()
         with torch.no_grad():

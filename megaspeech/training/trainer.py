@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -12,21 +12,20 @@ from torch import Tensor
 
 from megaspeech.checkpoint.origin import StreamManifest
 from megaspeech.checkpoint.store import CheckpointStore
+from megaspeech.codecs.protocol import Codec
 from megaspeech.codecs.registry import codec_of
 from megaspeech.config import Config, write_config
 from megaspeech.data.batch import Batch
 from megaspeech.data.loading import StepBatches
 from megaspeech.data.mixture import TrainBatches, valid_batches
 from megaspeech.data.rejected import RejectedSamples
-from megaspeech.data.shard_set import Catalogue
 from megaspeech.data.shards import check_origins
-from megaspeech.data.storage import shards_directory
 from megaspeech.data.tokenizer import Tokenizer
 from megaspeech.model.counting import count_flops, count_parameters
 from megaspeech.model.initialisation import initialise_from_codebooks
 from megaspeech.model.speech_text_model import SpeechTextModel
 from megaspeech.model.transfer import to_device
-from megaspeech.parallel.agreement import true_on_any_rank
+from megaspeech.parallel.agreement import shared_by, true_on_any_rank
 from megaspeech.parallel.groups import Grid
 from megaspeech.parallel.lifeline import end_with_parent
 from megaspeech.parallel.reductions import sum_over_data_parallel
@@ -62,9 +61,8 @@ class Trainer:
         self.config, self.grid, self.signals, self.watchdog = config, grid, signals, watchdog
         self.batches = TrainBatches(config, dp_rank=grid.dp_rank, dp_size=grid.dp_size)
         self.valid = valid_batches(config, dp_rank=grid.dp_rank, dp_size=grid.dp_size)
-        self.codec = codec_of(config)
-        self._check_shards()
-        self.wrapped = wrap(config, num_chunks=grid.num_chunks, build=self._build, initialise=self._initialise)
+        self.codec: Codec | None = None
+        self.wrapped = wrap(config, num_chunks=grid.num_chunks, build=self._build, initialise=self._initialiser())
         header = next(iter(self.batches.samples.values())).shards.header
         checkpoints = CheckpointStore(
             Path(config.run.directory) / "checkpoints", config=config, manifest=StreamManifest.of(header, config)
@@ -153,9 +151,7 @@ class Trainer:
 
     def _load_ahead(self, last: int) -> Iterator[list[Batch]]:
         """This rank's batches from the current step on, up to `last`; what is damaged in them is accounted for."""
-        rejected = RejectedSamples(Path(self.config.run.directory) / "rejected_samples.jsonl")
-        for batches in self.valid.values():
-            rejected.take(self.step, batches)
+        rejected = self._rejected()
         loaded = StepBatches(
             self.batches,
             steps=range(self.step, last),
@@ -181,7 +177,7 @@ class Trainer:
         return self._metrics(reports, totals), grad_norm
 
     def evaluate(self) -> None:
-        """Validation losses of every task, all samples of `valid/`."""
+        """Validation losses of every set of `valid/`."""
         self.watchdog.progress(f"validation after step {self.step}")
         self.wrapped.gather_parameters()
         for chunk in self.wrapped.chunks:
@@ -189,11 +185,24 @@ class Trainer:
         by_task = {}
         with torch.no_grad():
             for task, batches in self.valid.items():
-                by_task[task] = self._metrics(*self._run(batches, forward_only=True))
+                by_task[task] = self._metrics(*self._validate(batches))
         for chunk in self.wrapped.chunks:
             chunk.train()
         if self.grid.is_last_stage:
             self.journal.valid(self.step, by_task)
+
+    def _validate(self, portions: Iterable[list[Batch]]) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """As `_run`, of all portions together."""
+        rejected, reports, totals = self._rejected(), [], []
+        for batches in portions:
+            rejected.take(self.step, batches)
+            more, sums = self._run(batches, forward_only=True)
+            reports += more
+            totals.append(sums)
+        return reports, torch.stack(totals).sum(0)
+
+    def _rejected(self) -> RejectedSamples:
+        return RejectedSamples(Path(self.config.run.directory) / "rejected_samples.jsonl")
 
     def _run(self, batches: list[Batch], *, forward_only: bool) -> tuple[list[dict[str, Tensor]], Tensor]:
         totals = sum_over_data_parallel(
@@ -219,19 +228,43 @@ class Trainer:
             return None
         return reduce_metrics(reports, totals=totals, streams=self.config.streams)
 
-    def _check_shards(self) -> None:
-        """Refuse shards of another codec or tokenizer than the run's, or of several."""
-        tokenizer = Path(self.config.data.tokenizer)
-        valid = shards_directory(self.config.data, "valid", names=())
+    def _initialiser(self) -> Callable[[SpeechTextModel], None]:
+        """What starts a model from the codec's vectors.
+
+        A codec is hundreds of MB, and files that thousands of ranks would read: one opens it for all.
+        """
+        vectors_QVE = shared_by(self.grid.is_main, self._open_codec() if self.grid.is_main else None)
+        if vectors_QVE is None:
+            return lambda model: None
+        return partial(
+            initialise_from_codebooks,
+            vectors_QVE=vectors_QVE,
+            streams=self.config.streams,
+            seed=self.config.run.seed,
+        )
+
+    def _open_codec(self) -> Tensor | None:
+        """The codec's vectors, once it is seen to be that of the shards; the codec is kept where it is to speak."""
+        codec = codec_of(self.config)
+        self._check_origins(codec)
+        if self.config.logging.sample_interval:
+            self.codec = codec
+        return None if codec is None else codec.codebook_vectors()
+
+    def _check_origins(self, codec: Codec | None) -> None:
+        """Refuse shards of another codec or tokenizer than the run's, or of several, and a tokenizer that does not fit
+        the streams."""
+        path = Path(self.config.data.tokenizer)
+        tokenizer = Tokenizer.load(path) if path.is_file() else None
         headers = {f"train/{name}": samples.shards.header for name, samples in self.batches.samples.items()}
-        headers |= {f"valid/{name}": Catalogue.read(valid / name).header for name in self.valid}
+        headers |= {f"valid/{name}": batches.samples.shards.header for name, batches in self.valid.items()}
         check_origins(
             headers,
-            codec=(f"codec.path = {self.config.codec.path}", self.codec.fingerprint) if self.codec else None,
-            tokenizer=(f"data.tokenizer = {tokenizer}", Tokenizer.load(tokenizer).fingerprint)
-            if tokenizer.is_file()
-            else None,
+            codec=(f"codec.path = {self.config.codec.path}", codec.fingerprint) if codec else None,
+            tokenizer=(f"data.tokenizer = {path}", tokenizer.fingerprint) if tokenizer else None,
         )
+        if tokenizer:
+            tokenizer.check_streams(self.config.streams)
 
     def _build(self, vp_stage: int | None) -> SpeechTextModel:
         last = None if vp_stage is None else self.grid.num_chunks - 1
@@ -241,11 +274,6 @@ class Trainer:
             post_process=self.grid.is_last_stage and vp_stage == last,
             vp_stage=vp_stage,
         )
-
-    def _initialise(self, model: SpeechTextModel) -> None:
-        vectors = self.codec.codebook_vectors() if self.codec else None
-        if vectors is not None:
-            initialise_from_codebooks(model, vectors, streams=self.config.streams, seed=self.config.run.seed)
 
     def _announce(self) -> None:
         parallel, parameters = self.config.parallel, count_parameters(self.config)
@@ -265,7 +293,7 @@ class Trainer:
             self.journal,
             step=self.step,
             chunks=self.wrapped.chunks,
-            batches=self.valid,
+            valid=self.valid,
             codec=self.codec,
             config=self.config,
             grid=self.grid,

@@ -87,20 +87,25 @@ def test_killed_worker_costs_nothing(home: Path, straight: list[dict]) -> None:
 
 
 def test_flipped_bit_costs_one_sample(home: Path) -> None:
-    """On two ranks that read the same batches: said once, though both find it, and at every epoch again."""
-    path = _copy_of_shards(home, name="flipped") / "train" / "tts-en" / "000000.bin"
-    content = bytearray(path.read_bytes())
-    content[0] ^= 1
-    path.write_bytes(content)
+    """On two ranks that read the same batches: said once, though both find it, and at every epoch again; and one of
+    those that are validated on."""
+    shards = _copy_of_shards(home, name="flipped")
+    for split in ("train", "valid"):
+        path = shards / split / "tts-en" / "000000.bin"
+        content = bytearray(path.read_bytes())
+        content[0] ^= 1
+        path.write_bytes(content)
     layout = "parallel.tensor_model_parallel_size=2"
     finished = train(*_arguments(home, run="flipped_run", shards="flipped"), "data.num_workers=1", layout, ranks=2)
     assert finished.returncode == 0, finished.stderr
     assert [record["step"] for record in curve(home / "flipped_run")] == list(range(1, STEPS + 1))
-    (line,) = (home / "flipped_run" / "rejected_samples.jsonl").read_text().splitlines()
-    record = json.loads(line)
-    reason = f"sample 0 of shard {home}/flipped/train/tts-en/000000: its checksum is not the one written"
-    assert record == {"step": record["step"], "sample": "tts-en/000000:0", "reason": reason}
-    assert finished.stdout.count(f"left out tts-en/000000:0: {reason}") == 1 == finished.stdout.count("left out")
+    lines = (home / "flipped_run" / "rejected_samples.jsonl").read_text().splitlines()
+    for line, split in zip(lines, ("train", "valid"), strict=True):
+        record = json.loads(line)
+        reason = f"sample 0 of shard {home}/flipped/{split}/tts-en/000000: its checksum is not the one written"
+        assert record == {"step": record["step"], "sample": "tts-en/000000:0", "reason": reason}
+        assert finished.stdout.count(f"left out tts-en/000000:0: {reason}") == 1
+    assert finished.stdout.count("left out") == 2
 
 
 def test_truncated_shard_is_refused_at_the_start(home: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+
+from megaspeech.preparation.job_array import share_of
 
 ROOT = Path(__file__).resolve().parents[2]
 LINE = {
@@ -113,10 +114,12 @@ def test_a_job_array(project: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 def test_shares_of_an_array() -> None:
-    share_of = runpy.run_path(str(ROOT / "tools/prepare_data.py"))["share_of"]
     slurm = {"SLURM_ARRAY_TASK_ID": "8", "SLURM_ARRAY_TASK_COUNT": "8"}
     assert share_of(None, {}) == (0, 1) and share_of("2/5", {}) == (2, 5)
     assert share_of(None, slurm) == (0, 8) and share_of("2/5", slurm) == (2, 5)  # what is written wins
+    strided = {**slurm, "SLURM_ARRAY_TASK_MIN": "2", "SLURM_ARRAY_TASK_STEP": "3"}  # --array=2-23:3
+    tasks = [share_of(None, {**strided, "SLURM_ARRAY_TASK_ID": str(task)}) for task in range(2, 24, 3)]
+    assert tasks == [(task, 8) for task in range(8)]
     for wrong in ("2/2", "x/2", "1", "0/0", "-1/2"):
         with pytest.raises(ValueError, match=f"--array {wrong}: is not I/N"):
             share_of(wrong, {})

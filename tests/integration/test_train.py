@@ -226,7 +226,8 @@ def test_shards_of_another_codec_are_refused(home: Path) -> None:
     noise = np.random.default_rng(0).normal(0, 0.1, (2, 64_000)).astype(np.float32)
     codec = SpectralCodec.fit(noise, config=SpectralConfig(num_codebooks=4, cardinality=32, latent_dim=24))
     codec.save(home / "codec")
-    finished = train(*_arguments(home, run="foreign"), f"codec.path={home}/codec", ranks=2)
+    stages = "parallel.pipeline_model_parallel_size=2"  # the last of which opens the codec for all
+    finished = train(*_arguments(home, run="foreign"), f"codec.path={home}/codec", stages, ranks=2)
     named = f"their codec_fingerprint is none, that of codec.path = {home}/codec is {codec.fingerprint}"
     _assert_one_message(finished, "shards train/asr-en", named)
 
@@ -236,6 +237,18 @@ def test_shards_of_another_tokenizer_are_refused(home: Path) -> None:
     (home / "tokenizer.model").write_bytes(tokenizer.model)
     finished = train(*_arguments(home, run="foreign"), f"data.tokenizer={home}/tokenizer.model")
     _assert_one_message(finished, "train/asr-en", "their tokenizer_fingerprint is none", tokenizer.fingerprint)
+
+
+def test_tokenizer_that_the_streams_do_not_hold_is_refused(home: Path) -> None:
+    tokenizer = train_tokenizer(["zero one two three four five six seven"], vocabulary_size=40, languages=["en"])
+    (home / "small.model").write_bytes(tokenizer.model)
+    shutil.copytree(home / "shards", home / "small")
+    for header in [*(home / "small").rglob("0*.json"), *(home / "small").rglob("catalogue.json")]:
+        made_with = f'"tokenizer_fingerprint": "{tokenizer.fingerprint}"'
+        header.write_text(header.read_text().replace('"tokenizer_fingerprint": "none"', made_with))
+    changes = (f"data.tokenizer={home}/small.model", f"data.directory={home}/small")
+    finished = train(*_arguments(home, run="small_run"), *changes, ranks=2)
+    _assert_one_message(finished, "streams.text_cardinality = 48", "has 40 pieces")
 
 
 def test_damaged_checkpoint_is_named_and_the_one_before_it_used(home: Path, single: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +17,7 @@ from one_rank import make_config
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("faiss")
 
-from megaspeech.codecs import SpectralCodec, SpectralConfig  # noqa: E402
+from megaspeech.codecs import SpectralCodec, SpectralConfig, registry  # noqa: E402
 from megaspeech.config import Config  # noqa: E402
 from megaspeech.data.shard_set import write_catalogue  # noqa: E402
 from megaspeech.data.shards import write_shard  # noqa: E402
@@ -209,6 +210,18 @@ def test_command(prepared: tuple[Path, Config], tmp_path: Path) -> None:
     assert rate == RATE and len(samples) == 32 * FRAME and np.abs(samples).max() > 0.05
     picture = (tmp_path / "sample_000000.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
+
+
+def test_the_codec_is_of_the_kind_that_the_config_names(
+    prepared: tuple[Path, Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, _ = prepared
+    written = (shards.parents[2] / "config.toml").read_text()
+    (tmp_path / "config.toml").write_text(written.replace('name = "spectral"', 'name = "dac"'))
+    monkeypatch.setitem(registry.LOADERS, "dac", registry.LOADERS["spectral"])
+    monkeypatch.delitem(registry.LOADERS, "spectral")
+    main = runpy.run_path(str(ROOT / "tools/inspect_shards.py"))["main"]
+    assert main([str(shards / "asr-en"), "--sample", "0", "--config", str(tmp_path / "config.toml")]) == 0
 
 
 def test_a_sample_needs_the_config_that_it_was_made_with(prepared: tuple[Path, Config]) -> None:

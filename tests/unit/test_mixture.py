@@ -12,8 +12,10 @@ import torch
 from one_rank import make_config
 
 from megaspeech.config import Config
+from megaspeech.data import mixture
 from megaspeech.data.batch import Batch
 from megaspeech.data.mixture import TrainBatches, valid_batches
+from megaspeech.data.samples import ShardSamples
 from megaspeech.data.shard_set import write_shard_set
 from megaspeech.data.shards import ShardHeader
 from megaspeech.data.synthetic import synthetic_header
@@ -158,13 +160,37 @@ def test_validation_sees_every_sample_once_and_whole(home: Path, dp_size: int) -
     config = config_of(home, "loss.silence_fraction=0", "loss.speech_fraction=0.01")
     ranks = [valid_batches(config, dp_rank=rank, dp_size=dp_size) for rank in range(dp_size)]
     for place, name in enumerate(SIZES):
-        shares = [rank[name] for rank in ranks]
+        shares = [[batch for batches in rank[name] for batch in batches] for rank in ranks]
         assert len({len(share) for share in shares}) == 1  # all ranks take part in every microbatch
         seen = sorted(sample for share in shares for sample in samples_of(share))
         assert seen == [(place, number) for number in range(5)]
         weights = torch.cat([batch.weights_BPT[:, 2].flatten() for share in shares for batch in share])
         frames = sum(int((batch.codes_BST[:, -1] >= 0).sum()) for share in shares for batch in share)
         assert int((weights > 0).sum()) == frames - 5  # one frame a sample falls off, codebook 1 being delayed
+
+
+def test_validation_samples_are_spread_over_the_set_alike_on_every_layout(home: Path) -> None:
+    for dp_size, more in ((1, ()), (2, ()), (2, ("data.pack=true", "training.micro_batch_size=1"))):
+        config = config_of(home, "data.valid_samples=3", "data.num_frames=40", *more)
+        ranks = [valid_batches(config, dp_rank=rank, dp_size=dp_size) for rank in range(dp_size)]
+        rows = torch.cat(
+            [batch.codes_BST[:, -1].flatten() for rank in ranks for some in rank["asr-en"] for batch in some]
+        )
+        assert set(rows.tolist()) == {0, 1, 3, ZERO_TOKEN}  # of 0 to 4
+
+
+def test_validation_is_read_as_it_is_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some microbatches at a time, and again for the next validation."""
+    read, sample = [], ShardSamples.sample
+    monkeypatch.setattr(
+        ShardSamples, "sample", lambda self, index, **how: read.append(index) or sample(self, index, **how)
+    )
+    monkeypatch.setattr(mixture, "AT_ONCE", 1)
+    batches = valid_batches(config_of(home), dp_rank=0, dp_size=1)["asr-en"]
+    assert not read
+    counts = [(len(portion), len(read)) for portion in batches]
+    assert counts == [(1, 2), (1, 4), (1, 5)] and sorted(read) == list(range(5))
+    assert sum(len(portion) for portion in batches) == 3 and len(read) == 10
 
 
 def test_totals_count_weights_and_frames_but_no_padding(home: Path) -> None:

@@ -103,9 +103,10 @@ def test_an_interleaved_pipeline_gets_microbatches_by_its_stages(home: Path) -> 
 def test_validation_is_packed_too_and_whole(home: Path) -> None:
     plain = valid_batches(config_of(home), dp_rank=0, dp_size=1)
     packed = [valid_batches(config_of(home, *PACKED), dp_rank=rank, dp_size=2) for rank in range(2)]
-    for name, batches in plain.items():
-        expected = torch.stack([batch.totals()[:3] for batch in batches]).sum(0)
-        total = torch.stack([batch.totals()[:3] for rank in packed for batch in rank[name]]).sum(0)
+    for name, portions in plain.items():
+        expected = torch.stack([batch.totals()[:3] for batches in portions for batch in batches]).sum(0)
+        read = [batch for rank in packed for batches in rank[name] for batch in batches]
+        total = torch.stack([batch.totals()[:3] for batch in read]).sum(0)
         assert torch.allclose(expected, total)
 
 

@@ -14,14 +14,16 @@ soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("nvidia.dali")
 pytest.importorskip("faiss")
 
-from rich.console import Console  # noqa: E402
 from small_corpus import (  # noqa: E402
+    DIGITS,
     RATE,
     line,
     make_codec,
     make_project,
     make_tokenizer,
+    prepare,
     record,
+    shown,
     write_manifest,
 )
 
@@ -33,12 +35,9 @@ from megaspeech.data.tasks import Task  # noqa: E402
 from megaspeech.data.tokenizer import Tokenizer  # noqa: E402
 from megaspeech.preparation.compose import compose  # noqa: E402
 from megaspeech.preparation.encoding import encode_recordings  # noqa: E402
-from megaspeech.preparation.estimate import estimate, estimate_planned, estimate_table  # noqa: E402
 from megaspeech.preparation.prepare import Preparation  # noqa: E402
 from megaspeech.preparation.recording import Recording  # noqa: E402
 from megaspeech.preparation.report import report  # noqa: E402
-from megaspeech.preparation.sources import list_units  # noqa: E402
-from megaspeech.preparation.units import Totals  # noqa: E402
 from megaspeech.preparation.utterance import Utterance, Word  # noqa: E402
 
 
@@ -52,25 +51,10 @@ def tokenizer() -> Tokenizer:
     return make_tokenizer()
 
 
-def prepare(config: Config, *, codec: SpectralCodec, tokenizer: Tokenizer) -> tuple[Preparation, list]:
-    """(the preparation of all units, the units), finished."""
-    preparation = Preparation(config, codec=codec, tokenizer=tokenizer)
-    units = list_units(config.sources, lines_per_shard=config.preparation.lines_per_shard)
-    preparation.run(units)
-    assert preparation.store.finish(units)
-    return preparation, units
-
-
 def rejections(config: Config) -> list[tuple[str, str, str]]:
     """(file, task, reason) of everything left out, in order."""
     lines = map(json.loads, (Path(config.data.directory) / "rejected.jsonl").read_text().splitlines())
     return [(Path(one["path"]).name, one["task"], one["reason"]) for one in lines]
-
-
-def shown(renderable: object) -> str:
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(renderable)
-    return console.export_text()
 
 
 def faulty_lines(folder: Path) -> dict[str, tuple[dict | str, str]]:
@@ -186,6 +170,50 @@ def test_altered_versions_are_samples_of_their_own(tmp_path: Path, codec: Spectr
     assert not any(np.array_equal(noisy[3 * index + copy], clean[index]) for index in range(4) for copy in (1, 2))
 
 
+def test_what_is_done_to_recordings_is_counted_and_a_bad_one_told_once(
+    tmp_path: Path, codec: SpectralCodec, tokenizer: Tokenizer
+) -> None:
+    names = [record(tmp_path, f"{i}", seconds=1.0, pitch=100 + 30 * i).name for i in range(3)]
+    (tmp_path / "bad.wav").write_bytes(b"RIFF")
+    stretches = [line("bad.wav", offset=offset, seconds=0.5) for offset in (0.0, 0.5)]
+    overrides = (
+        "augmentation.copies=2",
+        "augmentation.share=1.0",
+        "augmentation.level=1.0",
+        "augmentation.telephone=1.0",
+    )
+    config = make_project(tmp_path, *overrides, a=[*map(line, names), *stretches, line("bad.wav", task="tts")])
+    preparation, units = prepare(config, codec=codec, tokenizer=tokenizer)
+    assert preparation.store.sum(units).effects == {"level": 9, "telephone": 9}
+    told = shown(report(preparation.store, units, frame_rate=12.5, timeline=preparation.timeline))
+    assert "Recordings altered, each version by itself: telephone 9, level 9" in told
+    assert [(name, task) for name, task, _ in rejections(config)] == [("bad.wav", "asr-en")] * 2 + [
+        ("bad.wav", "tts-en")
+    ]
+
+
+@pytest.mark.parametrize("num_words", [1, 30, 121])
+def test_a_text_longer_than_a_sample_is_cut_between_words(
+    tmp_path: Path, codec: SpectralCodec, tokenizer: Tokenizer, num_words: int
+) -> None:
+    words = [DIGITS[place % 10] for place in range(num_words)]
+    text = {"taskname": "text", "target_lang": "en", "text": " ".join(words)}
+    config = make_project(tmp_path, a=[text])
+    preparation, units = prepare(config, codec=codec, tokenizer=tokenizer)
+    shard = Shard(tmp_path / "shards/train/a/text-en/000000")
+    rows = [shard[index][0].tolist() for index in range(shard.header.num_samples)]
+    assert [word for row in rows for word in tokenizer.decode(row).split()] == words
+    prompt, end = tokenizer.encode_prompt(Task("text", "en", "en")), tokenizer.processor.eos_id()
+    assert all(row[:2] == prompt and len(row) <= 40 for row in rows)
+    assert [row.count(end) for row in rows] == [0] * (len(rows) - 1) + [1] and rows[-1][-1] == end
+    for row, later in zip(rows, rows[1:], strict=False):  # one more word had not fitted
+        following = tokenizer.decode(later).split()[0]
+        assert len(row) + len(tokenizer.encode_word(following)) > 40
+    assert preparation.store.sum(units).notes.get("text_cuts", 0) == len(rows) - 1
+    told = shown(report(preparation.store, units, frame_rate=12.5, timeline=preparation.timeline))
+    assert (f"{len(rows) - 1:,} samples more, because texts" in told) == (num_words > 40)
+
+
 def test_noise_that_cannot_be_decoded_is_said(tmp_path: Path, codec: SpectralCodec, tokenizer: Tokenizer) -> None:
     lines = [line(record(tmp_path, f"{i}", seconds=1.0, pitch=100 + 30 * i).name) for i in range(3)]
     (tmp_path / "noise").mkdir()
@@ -284,38 +312,6 @@ def test_other_numbers_of_codebooks_may_be_heard_than_said(
     assert np.array_equal(item["codes"][1 + own :, 2:15], codes[Recording(path)][:given])
 
 
-def test_an_estimate_holds(tmp_path: Path, codec: SpectralCodec, tokenizer: Tokenizer) -> None:
-    """Units, samples and shards exactly; hours and bytes nearly, where manifests name durations."""
-    seconds = [0.6 + 0.1 * (index % 9) for index in range(30)]
-    lines = [line(record(tmp_path, f"{i}", seconds=s).name, seconds=s) for i, s in enumerate(seconds)]
-    config = make_project(tmp_path, "preparation.lines_per_shard=8", a=lines, b=[*lines[:5], "{", line("0.wav")])
-    units = list_units(config.sources, lines_per_shard=8)
-    guessed = estimate(config, units, frame_rate=12.5)
-    preparation, _ = prepare(config, codec=codec, tokenizer=tokenizer)
-    for one, source in zip(guessed, ("a", "b"), strict=True):
-        mine = [unit for unit in units if unit.source.name == source]
-        done: Totals = preparation.store.sum(mine)
-        assert (one.num_units, one.num_samples) == (len(mine), done.samples.total())
-        files = list((tmp_path / f"shards/train/{source}/asr-en").glob("0*.*"))
-        assert one.num_shards == len(files) / 4
-        if source == "a":
-            assert one.hours == pytest.approx(done.seconds / 3600, rel=0.02)
-            size = sum(path.stat().st_size for path in files if path.suffix != ".json")
-            assert one.num_bytes == pytest.approx(size, rel=0.1)
-    assert guessed[1].num_unknown == 1 and guessed[1].num_refused == 1
-    told = shown(estimate_table(guessed))
-    assert "1 samples name no duration" in told and "1 lines are faulty" in told
-
-
-def test_many_units_are_estimated_from_some(tmp_path: Path) -> None:
-    lines = [line("absent.wav", seconds=0.5) for _ in range(100)]
-    config = make_project(tmp_path, "preparation.lines_per_shard=1", a=lines)
-    (guessed,) = estimate(config, list_units(config.sources, lines_per_shard=1), frame_rate=12.5)
-    assert (guessed.num_units, guessed.num_read, guessed.num_samples) == (100, 20, 100)
-    assert guessed.num_shards == 100
-    assert "from 20 units of each source" in shown(estimate_table([guessed]))
-
-
 def test_sources_can_be_overridden_by_name(tmp_path: Path) -> None:
     make_project(tmp_path, a=[line("x.wav")])
     other = write_manifest(tmp_path / "other.jsonl", [line("y.wav")])
@@ -323,16 +319,3 @@ def test_sources_can_be_overridden_by_name(tmp_path: Path) -> None:
     assert (config.sources[0].train, config.sources[0].weight) == (str(other), 2.0)
     with pytest.raises(ValueError, match=r"no \[\[sources\]\] of the name 'b'"):
         read_config(tmp_path / "config.toml", ["sources.b.train=x"])
-
-
-def test_a_source_without_manifests_is_reckoned_by_its_hours(tmp_path: Path) -> None:
-    """A million hours of the reference run: 33 streams at 12.5 frames a second, two bytes a token."""
-    config = read_config(Path(__file__).parents[2] / "examples" / "reference" / "config.toml")
-    planned = [estimate_planned(config, source, frame_rate=12.5) for source in config.sources]
-    assert sum(one.hours for one in planned) == 1e6
-    codes = 1e6 * 3600 * 12.5 * 33 * 2
-    assert codes < sum(one.num_bytes for one in planned) < 1.06 * codes
-    assert sum(one.num_units for one in planned) == 1e6 * 360 / 20_000
-    assert "1,000,000" in (table := shown(estimate_table(planned, encode_rate=500))) and "2,000" in table
-    with pytest.raises(ValueError, match="sources.ja-mined.train: names nothing"):
-        list_units(config.sources, lines_per_shard=8)

@@ -60,7 +60,7 @@ def test_damaged_sample_is_an_empty_row_and_all_else_as_it_was(config: Config) -
 
 def test_damaged_validation_sample_is_left_out(config: Config) -> None:
     damage(Path(config.data.directory) / "valid" / "asr-en" / "000000.bin")
-    (batches,) = valid_batches(config, dp_rank=0, dp_size=1).values()
+    ((batches,),) = valid_batches(config, dp_rank=0, dp_size=1).values()
     ((name, reason),) = [entry for batch in batches for entry in batch.rejected]
     assert name == "asr-en/000000:0" and "valid/asr-en/000000: its checksum" in reason
 

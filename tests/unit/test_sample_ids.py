@@ -141,7 +141,7 @@ def test_lengths_are_what_the_layout_splits(home: Path, overrides: list[str], mu
     assert frame_multiple(config) == multiple
     for batch in (
         *TrainBatches(config, dp_rank=0, dp_size=1)(0),
-        *valid_batches(config, dp_rank=0, dp_size=1)["asr-en"],
+        *next(iter(valid_batches(config, dp_rank=0, dp_size=1)["asr-en"])),
     ):
         longest = max(int((row[-1] >= 0).sum()) for row in batch.codes_BST)
         assert batch.num_frames == -(-longest // multiple) * multiple
@@ -156,7 +156,7 @@ def test_interleaved_pipelines_validate_in_whole_turns(home: Path, dp_size: int,
         "parallel.virtual_pipeline_model_parallel_size=2",
     ]
     ranks = [valid_batches(config_of(home, *overrides), dp_rank=rank, dp_size=dp_size) for rank in range(dp_size)]
-    shares = [rank["asr-en"] for rank in ranks]
+    shares = [[batch for batches in rank["asr-en"] for batch in batches] for rank in ranks]
     assert [len(share) for share in shares] == [rounds] * dp_size
     rows = torch.cat([batch.codes_BST[:, -1, 0] for share in shares for batch in share]).tolist()
     assert sorted(row for row in rows if row >= 0) == list(range(23))

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megaspeech.config.preparation import SourceSection
-from megaspeech.preparation import sources
+from megaspeech.preparation import line_index, sources
 from megaspeech.preparation.sources import Refused, is_held_out, list_units, read_unit
 from megaspeech.preparation.utterance import Utterance
 
@@ -51,7 +51,7 @@ def test_every_line_is_in_one_unit_which_begins_where_it_says(tmp_path_factory, 
     path = tmp_path_factory.mktemp("m") / ("a.jsonl.gz" if packed else "a.jsonl")
     path.write_bytes(gzip.compress(content) if packed else content)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "BLOCK", block)
+        patch.setattr(line_index, "BLOCK", block)
         if not content:
             with pytest.raises(ValueError, match="there is nothing in"):
                 list_units([_source(path)], lines_per_shard=per_shard)
@@ -64,6 +64,18 @@ def test_every_line_is_in_one_unit_which_begins_where_it_says(tmp_path_factory, 
     assert b"".join(line for _, line in read) == content
     assert all(line.count(b"\n") == 1 for _, line in read[:-1])
     assert [number for number, _ in read] == list(range(1, len(read) + 1))
+
+
+def test_a_manifest_is_read_once_by_all_who_list_it_and_again_when_it_changes(tmp_path, manifest, monkeypatch):
+    read, kept = [], tmp_path / "kept"
+    really = line_index.open_manifest
+    monkeypatch.setattr(line_index, "open_manifest", lambda path: (read.append(path), really(path))[1])
+    first, *others = (list_units([_source(manifest)], lines_per_shard=700, kept=kept) for _ in range(3))
+    assert others == [first, first] == 2 * [list_units([_source(manifest)], lines_per_shard=700)]
+    assert read == [manifest] * 2  # the second without `kept`
+    assert [unit.num_lines for unit in list_units([_source(manifest)], lines_per_shard=2000, kept=kept)] == [2000, 500]
+    manifest.write_bytes(manifest.read_bytes() + _line(2500))
+    assert sum(unit.num_lines for unit in list_units([_source(manifest)], lines_per_shard=700, kept=kept)) == 2501
 
 
 def test_units_are_numbered_through_all_manifests_of_a_pattern(tmp_path):

@@ -215,6 +215,7 @@ def test_fit_is_deterministic(codec: SpectralCodec, voices: list[Tensor]) -> Non
 
 def test_saved_codec_comes_back(codec: SpectralCodec, voices: list[Tensor], tmp_path: Path) -> None:
     codec.save(tmp_path / "codec")
+    assert {path.stat().st_mode & 0o044 for path in (tmp_path / "codec").iterdir()} == {0o044}  # for others to read
     back = load_codec(tmp_path / "codec")
     assert back.fingerprint == codec.fingerprint
     codes = codec.encode(voices[0][None])

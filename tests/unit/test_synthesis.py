@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -17,7 +18,12 @@ pytest.importorskip("espeakng_loader")
 pytest.importorskip("pyopenjtalk")
 soundfile = pytest.importorskip("soundfile")
 
+import small_corpus  # noqa: E402
+
+from megaspeech.config import read_config  # noqa: E402
+from megaspeech.data.shard_set import ShardSet  # noqa: E402
 from megaspeech.preparation.manifests.nemo import read_manifest  # noqa: E402
+from megaspeech.preparation.other_formats import read_bytes  # noqa: E402
 from megaspeech.preparation.synthesis import from_text, open_jtalk  # noqa: E402
 from megaspeech.preparation.synthesis.from_text import SpeechSettings, TextToSpeech  # noqa: E402
 from megaspeech.preparation.synthesis.speech import Speech, Voice, voice_called  # noqa: E402
@@ -155,7 +161,7 @@ def test_a_text_becomes_manifests_that_are_read(english):
     assert len(utterances) == 8
     for one in utterances:
         (recording,) = one.recordings
-        info = soundfile.info(recording.path)
+        info = soundfile.info(io.BytesIO(read_bytes(recording)))
         assert info.samplerate == RATE and info.subtype == "PCM_16"
         assert info.duration == pytest.approx(recording.duration, abs=1e-4)
         assert 0 <= one.words[0].start < 0.02 and one.words[-1].end <= recording.duration + 1e-3
@@ -167,6 +173,25 @@ def test_a_text_becomes_manifests_that_are_read(english):
         (8, "text: not UTF-8"),
     ]
     assert len({one.speaker for one in utterances}) > 1
+
+
+def test_what_is_made_is_prepared(tmp_path):
+    """From the text to shards, the audio read out of its tars."""
+    pytest.importorskip("nvidia.dali")
+    pytest.importorskip("faiss")
+    text, made = tmp_path / "text.txt", tmp_path / "made"
+    text.write_text("".join(f"three {digit}\n" for digit in small_corpus.DIGITS))
+    assert _run(text, made, "--lang", "en", "--voices", "5", "--tasks", "tts,asr").returncode == 0
+    assert len([path for path in made.rglob("*") if path.is_file()]) == 1 + 4 * 4
+    small_corpus.make_project(tmp_path, a=[])
+    config = read_config(tmp_path / "config.toml", [f"sources.a.train={made}/*/manifest.jsonl"])
+    codec, tokenizer = small_corpus.make_codec(), small_corpus.make_tokenizer()
+    preparation, units = small_corpus.prepare(config, codec=codec, tokenizer=tokenizer)
+    totals = preparation.store.sum(units)
+    assert totals.samples == {"asr-en": 10, "tts-en": 10} and not totals.rejected and len(units) == 4
+    shards = ShardSet(tmp_path / "shards/train/a/tts-en")
+    texts = [tokenizer.decode(shards[index][0].tolist()) for index in range(10)]
+    assert texts == [f"three {digit}" for digit in small_corpus.DIGITS]
 
 
 def test_an_array_makes_the_same_bytes(english, tmp_path):
@@ -187,7 +212,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path):
     for unit in (0, 1):
         command = [sys.executable, TOOL, text, "--output", made, *options, "--processes", "1"]
         process = subprocess.Popen(list(map(str, command)), start_new_session=True, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not list(made.glob(f"{unit:06d}.part-*/*.flac")):
+        while process.poll() is None and not any(path.stat().st_size for path in made.glob(f"{unit:06d}.part-*/*.tar")):
             time.sleep(0.002)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -232,7 +257,7 @@ def test_another_text_or_folder_is_refused(english, tmp_path):
         (["--lang", "en"], "holds something that is not speech"),
         (["--lang", "fr"], "language: 'fr' is unknown; use en or ja"),
         (["--lang", "en", "--tasks", "st"], "tasks: 'st' is unknown"),
-        (["--lang", "en", "--array", "4/4"], "--array: '4/4' is not I/N"),
+        (["--lang", "en", "--array", "4/4"], "--array 4/4: is not I/N"),
     ):
         done = _run(text, tmp_path, *options)
         assert done.returncode == 1 and complaint in done.stderr and "Traceback" not in done.stderr

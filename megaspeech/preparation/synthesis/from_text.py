@@ -1,13 +1,15 @@
 """A text file made into speech: audio and NeMo manifests, in units that any number of machines share.
 
     OUTPUT/made_of.json              what all of it is made of; another text or other settings are refused
-    OUTPUT/000000/manifest.jsonl     unit 0: lines 0 to 499 of the text, those that could be spoken
-    OUTPUT/000000/000000017.flac     line 17
+    OUTPUT/000000/manifest.jsonl     unit 0: the first lines of the text, those that could be spoken
+    OUTPUT/000000/audio_0.tar        their audio; that of line 17 is 000000017.flac in it
     OUTPUT/000000/rejected.jsonl     the lines that could not, each with its reason
     OUTPUT/000000/summary.json       what the unit holds
 
-A unit appears when all of it is written, so a run that was killed goes on where it was and ends with the same bytes.
-Every unit is made in a process of its own: espeak-ng's samples depend on what it said before.
+One tar a unit, since a file system that thousands share suffers from hundreds of millions of files; it is read in
+place, as NeMo's tarred data sets are. A unit appears when all of it is written, so a run that was killed goes on where
+it was and ends with the same bytes. Every unit is made in a process of its own: espeak-ng's samples depend on what it
+said before.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import shutil
+import tarfile
 import tempfile
 import unicodedata
 from collections import Counter
@@ -28,10 +31,13 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from megaspeech.data.whole_files import replacing
 from megaspeech.preparation.synthesis.speech import Speech
 from megaspeech.preparation.synthesis.voices import LANGUAGES, voices_for
 from megaspeech.preparation.synthesis.words import read_aloud
 
+FEWEST_LINES, MOST_LINES, NUM_UNITS = 50, 5000, 64
+"""A unit becomes a shard, and shall hold much; but a short text is to be shared out too, in `NUM_UNITS`."""
 _PEAK = 0.9
 _PACES, _PITCHES = (0.85, 1.2), (35, 66)
 
@@ -47,7 +53,8 @@ class SpeechSettings:
         tasks: that each line is given for in the manifest, `tts` or `asr`.
         sample_rate: Hz.
         audio: "flac" or "wav", of 16 bits.
-        lines_per_unit: of the text.
+        lines_per_unit: of the text; 0 is what makes `NUM_UNITS`, but no less than `FEWEST_LINES` nor more than
+            `MOST_LINES`.
     """
 
     language: str
@@ -56,7 +63,7 @@ class SpeechSettings:
     tasks: tuple[str, ...] = ("tts",)
     sample_rate: int = 24000
     audio: str = "flac"
-    lines_per_unit: int = 500
+    lines_per_unit: int = 0
 
     def __post_init__(self) -> None:
         for key, values, known in (
@@ -67,9 +74,9 @@ class SpeechSettings:
             for value in values:
                 if value not in known:
                     raise ValueError(f"{key}: {value!r} is unknown; use {' or '.join(known)}")
-        for key in ("sample_rate", "lines_per_unit"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}: {getattr(self, key)} is not positive")
+        for key, least in (("sample_rate", 1), ("lines_per_unit", 0)):
+            if getattr(self, key) < least:
+                raise ValueError(f"{key}: {getattr(self, key)} is less than {least}")
 
 
 @dataclass
@@ -109,12 +116,14 @@ class TextToSpeech:
         self._voices = voices_for(settings.language, settings.voices, seed=settings.seed)
         with text.open("rb") as file:
             self.num_lines = sum(1 for _ in file)
+        shared_out = max(FEWEST_LINES, -(-self.num_lines // NUM_UNITS))
+        self._lines_per_unit = settings.lines_per_unit or min(MOST_LINES, shared_out)
         self._mark()
 
     @property
     def num_units(self) -> int:
         """Of the whole text."""
-        return -(-self.num_lines // self.settings.lines_per_unit)
+        return -(-self.num_lines // self._lines_per_unit)
 
     def make(self, *, processes: int, task: int = 0, num_tasks: int = 1) -> Iterator[int]:
         """Make every `num_tasks`-th unit from `task` on that is not there yet; yields the number of each that is.
@@ -163,7 +172,7 @@ class TextToSpeech:
 
     def _units(self, task: int, num_tasks: int) -> Iterator[tuple[int, list[bytes]]]:
         """(number, lines) of the units that are this task's, read as they are needed."""
-        size, lines = self.settings.lines_per_unit, []
+        size, lines = self._lines_per_unit, []
         with self.text.open("rb") as file:
             for index, line in enumerate(file):
                 if index // size % num_tasks == task:
@@ -190,25 +199,25 @@ class TextToSpeech:
         if self.output.is_dir() and any(self.output.iterdir()):
             raise ValueError(f"output: {self.output} holds something that is not speech from a text; name a new folder")
         self.output.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(dir=self.output.parent)
-        with open(handle, "w") as file:
-            file.write(made_of)
-        os.replace(aside, mark)  # array tasks may do this at one time, with one content
+        with replacing(mark) as aside:  # array tasks may do this at one time, with one content
+            aside.write_text(made_of)
 
     def _make_unit(self, number: int, lines: Sequence[bytes]) -> None:
         aside = Path(tempfile.mkdtemp(prefix=f"{number:06d}.part-", dir=self.output))
         aside.chmod(0o755)
         summary, manifest, rejected = Summary(), [], []
-        first = number * self.settings.lines_per_unit
-        for index, line in enumerate(lines, first):
-            try:
-                if line.strip():
-                    manifest += self._make_line(index, line, folder=aside, summary=summary)
-            except ValueError as error:
-                # Which character it was belongs to the line; what is counted is the kind of fault.
-                summary.rejected[str(error).split("'")[0].rstrip(" :")] += 1
-                text = line.decode("utf-8", errors="replace").strip()
-                rejected.append({"line": index + 1, "text": text, "reason": str(error)})
+        first = number * self._lines_per_unit
+        with tarfile.open(aside / f"audio_{number}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
+            for index, line in enumerate(lines, first):
+                try:
+                    if line.strip():
+                        manifest += self._make_line(index, line, archive=archive, summary=summary)
+                except ValueError as error:
+                    # Which character it was belongs to the line; what is counted is the kind of fault.
+                    summary.rejected[str(error).split("'")[0].rstrip(" :")] += 1
+                    text = line.decode("utf-8", errors="replace").strip()
+                    rejected.append({"line": index + 1, "text": text, "reason": str(error)})
+        manifest = [{**entry, "shard_id": number} for entry in manifest]
         for name, entries in (("manifest", manifest), ("rejected", rejected)):
             content = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
             (aside / f"{name}.jsonl").write_text(content, encoding="utf-8")
@@ -220,8 +229,8 @@ class TextToSpeech:
                 raise
             shutil.rmtree(aside)
 
-    def _make_line(self, index: int, line: bytes, *, folder: Path, summary: Summary) -> list[dict]:
-        """Speak a line and write it; its manifest lines."""
+    def _make_line(self, index: int, line: bytes, *, archive: tarfile.TarFile, summary: Summary) -> list[dict]:
+        """Speak a line and add it to the archive; its manifest lines."""
         text, language, speaker = self._read(line)
         rng = np.random.default_rng([self.settings.seed, index])
         voices = self._voices.get(language)
@@ -236,11 +245,14 @@ class TextToSpeech:
             pace=round(float(rng.uniform(*_PACES)), 3),
             pitch=int(rng.integers(*_PITCHES)),
         )
-        path = folder / f"{index:09d}.{self.settings.audio}"
-        summary.num_bytes += _write(path, speech)
+        name, content = f"{index:09d}.{self.settings.audio}", _encoded(speech, kind=self.settings.audio)
+        entry = tarfile.TarInfo(name)  # of no time and nobody: the same bytes whoever makes it, whenever
+        entry.size = len(content)
+        archive.addfile(entry, io.BytesIO(content))
+        summary.num_bytes += len(content)
         summary.num_utterances += 1
         summary.seconds += len(speech.samples) / speech.sample_rate
-        line_of = _manifest_line(path.name, speech, words, text=text, language=language, speaker=speaker or voice.label)
+        line_of = _manifest_line(name, speech, words, text=text, language=language, speaker=speaker or voice.label)
         return [{**line_of, "taskname": task} for task in self.settings.tasks]
 
     def _read(self, line: bytes) -> tuple[str, str, str]:
@@ -286,17 +298,17 @@ def _manifest_line(
     }
 
 
-def _write(path: Path, speech: Speech) -> int:
-    """Write 16 bits, no louder than full scale; returns the number of bytes."""
+def _encoded(speech: Speech, *, kind: str) -> bytes:
+    """A file of 16 bits, no louder than full scale."""
     import soundfile
 
     peak = float(np.abs(speech.samples).max())
-    encoded = io.BytesIO()  # because soundfile waits for the disk after every file it writes
+    encoded = io.BytesIO()
     soundfile.write(
         encoded,
         speech.samples * (_PEAK / max(_PEAK, peak)),
         speech.sample_rate,
-        format=path.suffix[1:],
+        format=kind,
         subtype="PCM_16",
     )
-    return path.write_bytes(encoded.getvalue())
+    return encoded.getvalue()
