@@ -145,6 +145,21 @@ def test_shards_of_another_codec_than_the_checkpoint(home: Path, reference: Path
     assert words in finished.stderr
 
 
+def test_a_converted_checkpoint_is_what_two_ranks_saved_and_a_seed(home: Path, reference: Path) -> None:
+    """Through moshi and back, on other ranks: the weights are read of two ranks' pieces, and trained on."""
+    source, moshi, seed = reference / "checkpoints/step_00000020", home / "moshi", home / "seed" / "step_00000000"
+    for *formats, before, after in (("native", "moshi", source, moshi), ("moshi", "native", moshi, seed)):
+        done = run_tool("convert_checkpoint.py", "--from", formats[0], "--to", formats[1], before, after)
+        assert done.returncode == 0, done.stderr
+    starts = []
+    for run, path in (("from_two", source), ("from_seed", seed)):
+        options = [f"checkpoint.seed_checkpoint={path}", "training.exit_step=2", "logging.log_interval=1"]
+        finished = train(*_arguments(home, run), *options)
+        assert finished.returncode == 0, finished.stderr
+        starts.append(_course(home / run))
+    assert starts[0] == starts[1] and len(starts[0]) == 2
+
+
 def test_the_inspection_tool(home: Path, reference: Path) -> None:
     shown = run_tool("inspect_checkpoint.py", reference)
     assert shown.returncode == 0, shown.stderr

@@ -274,3 +274,10 @@ def test_two_models_do_not_fit(home: Path, tmp_path: Path, monkeypatch: pytest.M
     report = convert(Conversion(home / "step_00000000", tmp_path / "out", "native", "moshi"))
     assert [agreement.what for agreement in report.agreements] == ["42 tensors read back, all bits equal"]
     assert any("logits are not compared: both models take" in note for note in report.notes)
+
+
+def test_what_is_read_back_and_differs(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "ROOM_BESIDE", 1 << 60)
+    monkeypatch.setattr(safetensors_files, "check_finite", lambda tensor, **_: tensor.view(-1)[-1].add_(1))
+    with pytest.raises(ValueError, match=r"out.part: tensor .* is not the one that was read; do not use it"):
+        convert(Conversion(home / "step_00000000", tmp_path / "out", "native", "moshi"))

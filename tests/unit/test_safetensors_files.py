@@ -47,6 +47,11 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_what_is_written_the_library_reads(tmp_path: Path) -> None:
     assert list(write(TENSORS, tmp_path / "model")) == [WEIGHTS]
     assert_same(load_file(tmp_path / "model" / WEIGHTS), TENSORS)
+    content = (tmp_path / "model" / WEIGHTS).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    assert length % 8 == 0
+    assert all(header[name]["data_offsets"][0] % tensor.itemsize == 0 for name, tensor in TENSORS.items())  # aligned
 
 
 def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
