@@ -33,7 +33,8 @@ from megaspeech.parallel import groups
 SHAPED_BY = {
     "embedding.weight": "[streams] text_cardinality, cardinality, num_codebooks, num_given_codebooks, "
     "temporal.hidden_size",
-    "linear_qkv": "temporal.num_attention_heads, num_query_groups, hidden_size",
+    "linear_qkv": "temporal.num_attention_heads, num_query_groups, kv_channels, add_qkv_bias, hidden_size",
+    "self_attention": "temporal.num_attention_heads, kv_channels, qk_layernorm, hidden_size",
     "linear_fc": "temporal.ffn_hidden_size, hidden_size",
     "experts": "temporal.num_moe_experts, moe_ffn_hidden_size",
     "temporal.": "temporal.hidden_size, num_layers",

@@ -15,10 +15,27 @@ from megaspeech.conversion.deferred import Deferred
 from megaspeech.conversion.native import native_shapes
 from megaspeech.model.embedding import used_rows
 
+ROWS_AT_ONCE = 1024
+"""Rows of a table that are computed with in FP32 at a time: all of them would take more memory than the table."""
+
 
 def generator(name: str, *, seed: int) -> torch.Generator:
     """The source of a tensor's random numbers."""
     return torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
+
+
+def mean_row(rows_VH: Tensor) -> Tensor:
+    """The mean of all rows, FP32 `[H]`."""
+    total_H = torch.zeros(rows_VH.shape[1])
+    for part_VH in rows_VH.split(ROWS_AT_ONCE):
+        total_H += part_VH.float().sum(0)
+    return total_H / len(rows_VH)
+
+
+def root_mean_square(rows_VH: Tensor) -> float:
+    """Of all numbers of a table."""
+    norms = [float(torch.linalg.vector_norm(part_VH.float())) for part_VH in rows_VH.split(ROWS_AT_ONCE)]
+    return (sum(norm * norm for norm in norms) / rows_VH.numel()) ** 0.5
 
 
 def new_depth(config: Config, *, seed: int, dtype: torch.dtype) -> dict[str, Deferred]:

@@ -72,8 +72,8 @@ def read_text_model(path: Path, *, drop: Sequence[str] = ()) -> TextModel:
     window = _window(values)
     heads, width = values.num_attention_heads, getattr(values, "head_dim", None)
     own_width = width is not None and width * heads != values.hidden_size
-    end = _first(values.eos_token_id)
-    pad = next((token for token in (values.pad_token_id, end) if token is not None), 0)
+    begin, end, pad = (_token(values, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id"))
+    pad = next((token for token in (pad, end) if token is not None), 0)
     return TextModel(
         path=path,
         family=values.model_type,
@@ -94,15 +94,17 @@ def read_text_model(path: Path, *, drop: Sequence[str] = ()) -> TextModel:
         vocabulary_size=values.vocab_size,
         layernorm_epsilon=EPSILON if "rms_norm_eps" in drop else values.rms_norm_eps,
         is_tied=values.tie_word_embeddings,
-        first_token=next((token for token in (_first(values.bos_token_id), end) if token is not None), None),
+        first_token=end if begin is None else begin,
         pad_ids=(pad, pad if end is None else end),
         notes=tuple(f"{key} is left out: {DROPPABLE[key]}" for key in drop),
     )
 
 
-def _first(token: int | list[int] | None) -> int | None:
-    """Of a text's ends some models have several."""
-    return token[0] if isinstance(token, list) else token
+def _token(values: Any, name: str) -> int | None:
+    """A special token; of a text's ends some models have several. None where there is none, which some write as -1."""
+    token = getattr(values, name)
+    token = token[0] if isinstance(token, list) else token
+    return token if token is not None and 0 <= token < values.vocab_size else None
 
 
 def _transformers_config(path: Path) -> Any:

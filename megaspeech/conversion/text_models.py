@@ -29,7 +29,7 @@ from megaspeech.config.schema import StreamsSection, TemporalSection
 from megaspeech.conversion.companions import named
 from megaspeech.conversion.deferred import Deferred, Weights
 from megaspeech.conversion.layouts import Cut, GroupedQueries, Same, halves_of_pairs, pairs_of_halves
-from megaspeech.conversion.new_weights import generator, new_depth
+from megaspeech.conversion.new_weights import generator, mean_row, new_depth, root_mean_square
 from megaspeech.conversion.rules import Layout, Rule, to_native
 from megaspeech.conversion.safetensors_files import open_safetensors
 from megaspeech.conversion.stored import TOKENIZER_FILE, StoredModel
@@ -38,18 +38,18 @@ from megaspeech.model.embedding import padded_rows, table_offsets
 from megaspeech.model.speech_text_model import ZERO_TOKEN, SpeechTextModel
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+UNNEEDED = "rotary_emb.inv_freq"
+"""RoPE's frequencies, which old files hold though they follow from the config."""
 
 
-def open_text_model(
-    path: str | Path, *, config: Config | None = None, seed: int = 0, drop: Sequence[str] = ()
-) -> StoredModel:
+def open_text_model(path: str | Path, *, config: Config | None = None, drop: Sequence[str] = ()) -> StoredModel:
     """A new speech-text model that starts from a text model, its weights unread.
 
     Args:
         path: folder with config.json and safetensors, single or sharded.
-        config: a run's, of whose model `[temporal]` and the text must be the text model's; its streams, depth
-            transformer and codec are taken. None: those of the preset "moshi-7b" with the codec "mimi".
-        seed: of what is drawn.
+        config: that of the run to come, whose `[temporal]` must be the text model's; its streams, depth transformer,
+            codec and `run.seed`, from which follows what is drawn, are taken. None: those of the preset "moshi-7b" with
+            the codec "mimi".
         drop: what may be left out of the model: see `text_config.DROPPABLE`.
 
     Raises:
@@ -57,12 +57,12 @@ def open_text_model(
         ImportError: transformers is not installed.
     """
     path = Path(path)
-    stored = open_safetensors(path)
+    stored = {name: one for name, one in open_safetensors(path).items() if not name.endswith(UNNEEDED)}
     dtype = torch.bfloat16 if all(one.dtype is torch.bfloat16 for one in stored.values()) else torch.float32
     text = read_text_model(path, drop=drop)
     config = config_of_text_model(text, config=config, recipe="bf16" if dtype is torch.bfloat16 else "fp32")
     theirs = {name: one.to(dtype) for name, one in stored.items()}
-    table = _rules(config.temporal, text=text)
+    table, seed = _rules(config.temporal, text=text), config.run.seed
     _check_names(theirs, text=text, rules=table)
     weights = {"embedding.weight": _embedding(theirs, text=text, streams=config.streams, seed=seed)}
     weights |= to_native(theirs, table) | new_depth(config, seed=seed, dtype=dtype)
@@ -114,7 +114,7 @@ def _check_names(theirs: Weights, *, text: TextModel, rules: Sequence[Rule]) -> 
     """Raises ValueError where the text model has a tensor that no rule reads: it would be lost."""
     read = {EMBEDDING, *(name for rule in rules for name in rule.foreign)}
     unneeded = {HEAD} if text.is_tied else set()
-    odd = [name for name in theirs if name not in read | unneeded and not name.endswith("rotary_emb.inv_freq")]
+    odd = [name for name in theirs if name not in read | unneeded]
     if odd:
         raise ValueError(
             f"{text.path}: tensor {odd[0]} is none of a {text.family} model with its config.json ({len(odd)} such); "
@@ -141,9 +141,9 @@ def _embedding(theirs: Weights, *, text: TextModel, streams: StreamsSection, see
         table_RH = torch.zeros(shape, dtype=source.dtype)
         table_RH[: len(rows_VH)] = rows_VH
         first = text.first_token
-        table_RH[len(rows_VH)] = rows_VH.mean(0, dtype=torch.float32) if first is None else rows_VH[first]
-        size = torch.linalg.vector_norm(rows_VH, dtype=torch.float32) / rows_VH.numel() ** 0.5
-        std, source_of_noise = float(size) / max(1, streams.num_streams - 1) ** 0.5, generator("embedding", seed=seed)
+        table_RH[len(rows_VH)] = mean_row(rows_VH) if first is None else rows_VH[first]
+        std = root_mean_square(rows_VH) / max(1, streams.num_streams - 1) ** 0.5
+        source_of_noise = generator("embedding", seed=seed)
         for offset in table_offsets(streams.cardinalities)[1:]:
             drawn_VH = torch.empty(streams.cardinality, width).normal_(std=std, generator=source_of_noise)
             table_RH[offset : offset + streams.cardinality] = drawn_VH

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from megaspeech.config import changed
 from megaspeech.conversion.deferred import Deferred
+from megaspeech.conversion.new_weights import ROWS_AT_ONCE, mean_row
 from megaspeech.conversion.old_vocabulary import BYTE, OldVocabulary, open_vocabulary
 from megaspeech.conversion.stored import StoredModel
 from megaspeech.data.tasks import LANGUAGE, TASKS
@@ -40,9 +41,6 @@ Fill: TypeAlias = Callable[[Tensor, Tensor], None]
 """Writes new rows, its first argument, which are zeros, made of the old ones."""
 Origins: TypeAlias = Sequence[tuple[int, ...]]
 """For every new piece the old ones whose mean it is; none for the mean of all."""
-
-ROWS_AT_ONCE = 1024
-"""New rows that are summed in FP32 at a time."""
 
 
 def swap_vocabulary(model: StoredModel, *, tokenizer: Path, old_tokenizer: Path | None = None) -> StoredModel:
@@ -135,7 +133,7 @@ def _made(source: Deferred, num_rows: int, fill: Fill) -> Deferred:
 
 def _fill(new_VH: Tensor, old_VH: Tensor, *, origins: Origins, num_known: int) -> None:
     """Rows of text. A mean of one row is that row, bit for bit. `num_known`: old rows that belong to a piece."""
-    new_VH[:] = old_VH[:num_known].mean(0, dtype=torch.float32)
+    new_VH[:] = mean_row(old_VH[:num_known])
     for first in range(0, len(origins), ROWS_AT_ONCE):
         known = {place: parts for place, parts in enumerate(origins[first : first + ROWS_AT_ONCE], first) if parts}
         sizes_K = torch.tensor([len(parts) for parts in known.values()], dtype=torch.int64)

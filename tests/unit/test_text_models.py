@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,17 @@ from safetensors.torch import load_file, save_file
 
 transformers = pytest.importorskip("transformers")
 
-from megaspeech.config import Config  # noqa: E402
+from megaspeech.config import Config, write_config  # noqa: E402
+from megaspeech.conversion.convert import Conversion, convert  # noqa: E402
+from megaspeech.conversion.moshi import open_moshi  # noqa: E402
 from megaspeech.conversion.moshi_config import moshi_config  # noqa: E402
 from megaspeech.conversion.native import check_native, load_weights, whole_model  # noqa: E402
 from megaspeech.conversion.new_weights import new_depth  # noqa: E402
 from megaspeech.conversion.stored import StoredModel  # noqa: E402
+from megaspeech.conversion.text_config import read_text_model  # noqa: E402
 from megaspeech.conversion.text_models import open_text_model, text_difference  # noqa: E402
 from megaspeech.conversion.transformers_layers import unknown_layers  # noqa: E402
+from megaspeech.data.tokenizer import train_tokenizer  # noqa: E402
 from megaspeech.model.embedding import table_offsets, used_rows  # noqa: E402
 from megaspeech.model.speech_text_model import SpeechTextModel  # noqa: E402
 
@@ -66,7 +71,7 @@ def save(folder: Path, name: str, *, dtype: torch.dtype = torch.float32, **optio
 
 
 def run_config(directory: Path, *overrides: str, **shape: Any) -> Config:
-    """A run of the preset "tiny" whose temporal transformer is that of "llama"."""
+    """The config of a run of the preset "tiny" whose temporal transformer is that of "llama"."""
     ours = {
         "num_layers": 2,
         "hidden_size": 48,
@@ -134,13 +139,31 @@ def test_without_a_config_the_streams_are_moshis(llama: Path) -> None:
     assert torch.equal(model.weights["text_head.weight"].read(), theirs["lm_head.weight"])
 
 
+@pytest.mark.parametrize(
+    "special, first, pads",
+    [
+        ({"bos_token_id": 7, "eos_token_id": [5, 6], "pad_token_id": 8}, 7, (8, 5)),
+        ({"bos_token_id": None, "eos_token_id": 5, "pad_token_id": -1}, 5, (5, 5)),
+        ({"bos_token_id": 96, "eos_token_id": None, "pad_token_id": None}, None, (0, 0)),
+    ],
+)
+def test_special_tokens(
+    special: dict[str, Any], first: int | None, pads: tuple[int, int], llama: Path, tmp_path: Path
+) -> None:
+    values = json.loads((llama / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, **special}))
+    text = read_text_model(tmp_path)
+    assert (text.first_token, text.pad_ids) == (first, pads)
+
+
 def load_state(folder: Path) -> dict[str, torch.Tensor]:
     return {name: one for file in folder.glob("*.safetensors") for name, one in load_file(file).items()}
 
 
 def test_what_is_drawn_follows_from_the_seed_and_the_stated_rule(llama: Path, tmp_path: Path) -> None:
-    config = run_config(tmp_path)
-    first, again, other = (open_text_model(llama, config=config, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (
+        open_text_model(llama, config=run_config(tmp_path, f"run.seed={seed}")) for seed in (1, 1, 2)
+    )
     for name in first.weights:
         assert torch.equal(first.weights[name].read(), again.weights[name].read()), name
     differing = {
@@ -234,6 +257,33 @@ def test_what_moshi_has_not_is_not_exported(key: str, tmp_path: Path) -> None:
     assert not [*unknown_layers(make_config(tmp_path, "temporal.kv_channels=16"))]  # hidden_size / heads, as ever
 
 
+@pytest.mark.skipif(find_spec("moshi") is None, reason="moshi is not installed")
+def test_from_a_text_model_to_a_duplex_one_of_another_vocabulary(tmp_path: Path) -> None:
+    """As the command does it: both sides have the native model's logits."""
+    path = save(tmp_path / "text", "llama", rms_norm_eps=1e-5)
+    text = ["the cat sat on the mat", "a dog ran to the red house", "nine of ten birds sing in the morning"]
+    for file, size in ((path / "tokenizer.model", 96), (tmp_path / "new.model", 64)):
+        file.write_bytes(train_tokenizer(text, vocabulary_size=size, languages=["en"]).model)
+    one_way = ("streams.num_given_codebooks=0", "streams.delays=[0, 0, 1, 1, 1]", "model.layernorm_epsilon=1e-5")
+    write_config(run_config(tmp_path, *one_way), tmp_path / "run.toml")
+    conversion = Conversion(
+        source=path,
+        destination=tmp_path / "moshi",
+        source_format="llama",
+        target_format="moshi",
+        config=tmp_path / "run.toml",
+        num_given_codebooks=6,
+        tokenizer=tmp_path / "new.model",
+    )
+    report = convert(conversion)
+    assert [agreement.what.split(" of ")[1].split()[0] for agreement in report.agreements] == ["llama", "moshi"]
+    assert max(agreement.largest_difference or 0 for agreement in report.agreements) < 1e-4
+    streams = open_moshi(tmp_path / "moshi").config.streams
+    assert (streams.text_cardinality, streams.num_given_codebooks, streams.text_pad_id) == (64, 6, 3)
+    assert (tmp_path / "moshi" / "tokenizer.model").read_bytes() == (tmp_path / "new.model").read_bytes()
+    assert [note.split()[0] for note in report.notes[:3]] == ["temporal", "vocabulary:", "streams:"]
+
+
 def test_what_may_be_left_out_is_noted(tmp_path: Path) -> None:
     rope = {**LLAMA3, "original_max_position_embeddings": 32, "rope_theta": 1e4}
     path = save(tmp_path / "text", "llama", rope_parameters=rope)
@@ -251,6 +301,15 @@ def test_a_tensor_that_nothing_reads_is_not_lost_in_silence(tmp_path: Path) -> N
     save_file({**state, "model.layers.0.adapter.weight": torch.ones(2)}, path / "model.safetensors")
     with pytest.raises(ValueError, match=r"tensor model\.layers\.0\.adapter\.weight is none of a llama model"):
         open_text_model(path)
+
+
+def test_what_old_files_hold_besides_changes_nothing(tmp_path: Path) -> None:
+    path = save(tmp_path, "llama", dtype=torch.bfloat16)
+    state = load_file(path / "model.safetensors")
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}
+    save_file(state | old, path / "model.safetensors")
+    model = open_text_model(path)
+    assert {one.dtype for one in model.weights.values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
