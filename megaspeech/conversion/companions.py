@@ -10,8 +10,7 @@ from pathlib import Path
 from megaspeech.checkpoint.origin import StreamManifest
 from megaspeech.codecs.registry import load_codec
 from megaspeech.config import Config
-from megaspeech.conversion.moshi import TOKENIZER_FILE
-from megaspeech.conversion.stored import Companions, StoredModel
+from megaspeech.conversion.stored import TOKENIZER_FILE, Companions, StoredModel
 from megaspeech.data.tokenizer import Tokenizer
 
 CODEC = "codec"

@@ -44,6 +44,7 @@ FORMATS = {
     "transformers": Format(
         opens="transformers_folders:open_transformers",
         files="transformers_folders:transformers_files",
+        difference="transformers_verify:transformers_difference",
         takes_shards=True,
     ),
 }

@@ -34,9 +34,8 @@ from megaspeech.conversion.moshi_refusals import TENSORS_OF, held_values
 from megaspeech.conversion.native import native_shapes
 from megaspeech.conversion.rules import Layout, Rule, to_foreign, to_native
 from megaspeech.conversion.safetensors_files import INDEX, open_safetensors
-from megaspeech.conversion.stored import Companions, ForeignFiles, StoredModel
+from megaspeech.conversion.stored import RUN_FILE, TOKENIZER_FILE, Companions, ForeignFiles, StoredModel
 
-RUN_FILE, TOKENIZER_FILE = "megaspeech.toml", "tokenizer.model"
 MIMI_FRAME_RATE = 12.5
 LORA_SCALING = 2.0
 """Where a config.json does not say (moshi/models/loaders.py)."""

@@ -12,6 +12,9 @@ from pathlib import Path
 from megaspeech.config import Config
 from megaspeech.conversion.deferred import Weights
 
+RUN_FILE, TOKENIZER_FILE = "megaspeech.toml", "tokenizer.model"
+"""What our folders hold beside a model in a foreign format: the run's config, the sentencepiece model."""
+
 
 @dataclass(frozen=True)
 class Companions:
