@@ -1,8 +1,8 @@
 """`python tests/killing_conversions.py SRC DST FROM TO MOMENT...`: converts in processes that kill themselves.
 
 Each is forked of this one, which has imported everything and started no thread, and converts in small portions until
-the MOMENT-th of the calls in `MOMENTS`; 0 is never, `all` every seventh that there is and the last ones. Where DST comes to be, its
-content is hashed and it is removed. Prints a list of JSON: [moment, whether killed, hash or null].
+the MOMENT-th of the calls in `MOMENTS`; 0 is never, `all` every seventh that there is and the last ones. Where DST
+comes to be, its content is hashed and it is removed. Prints a list of JSON: [moment, whether killed, hash or null].
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ MOMENTS = (
     (Path, "write_text"),
     (Path, "write_bytes"),
     (Path, "rename"),
+    (Path, "unlink"),
 )
 """Before each tensor, before and after each line of the journal, around small files and renames."""
 

@@ -1,10 +1,9 @@
 """Convert a model: `python tools/convert_checkpoint.py --from FORMAT --to FORMAT SRC DST [options]`.
 
-Formats are `native` (a folder step_... of any layout; DST is one of one rank, for `checkpoint.seed_checkpoint`) and
-`moshi` (Kyutai's runtime: config.json, model.safetensors, tokenizer and codec). Tensors are read and written one at a
-time; what was killed goes on where it was by the same command; DST is there once it was compared with SRC, in logits
-of both sides or, where two models do not fit the memory, tensor by tensor. What it was and what came out stands in
-DST/conversion.json. See docs/conversion.md.
+`native` is a checkpoint folder of any layout; DST is one that a run takes as `checkpoint.seed_checkpoint`. `moshi` is
+Kyutai's runtime, `transformers` its Moshi and speech-to-text classes, `llama` a Llama, Qwen2, Qwen3 or Mistral to start
+from, `random` a config whose weights are drawn. Tensors go through one at a time; what was killed goes on by the same
+command; DST is there once it was compared with SRC. See docs/conversion.md.
 """
 
 from __future__ import annotations
@@ -46,8 +45,12 @@ def _read(arguments: list[str]) -> Conversion:
     add("source", metavar="SRC", type=Path)
     add("destination", metavar="DST", type=Path)
     add("--dtype", choices=tuple(DTYPES), help="precision of the numbers; as they are, if not given")
-    add("--tokenizer", type=Path, metavar="FILE", help="the sentencepiece model that goes with it")
+    add("--tokenizer", type=Path, metavar="FILE", help="sentencepiece model to go with it; another changes vocabulary")
+    add("--old-tokenizer", type=Path, metavar="FILE", help="the model's own, .model or tokenizer.json, if not in SRC")
     add("--codec", type=Path, metavar="PATH", help="the codec that goes with it: a folder, or Kyutai's Mimi file")
+    add("--num-codebooks", type=int, metavar="N", help="that the model is to predict; new ones start from its own")
+    add("--num-given-codebooks", type=int, metavar="N", help="that the model is to hear, likewise")
+    add("--config", type=Path, metavar="FILE", help="of the run that starts from a text model: its streams and depth")
     add("--drop", default="", metavar="NAME,...", help="what may be left out of the source, as its error names it")
     add("--lora", type=Path, metavar="FILE", help="low-rank changes to fold in")
     add("--max-shard-size", type=float, metavar="GB", help="write several safetensors files, none larger")
@@ -94,8 +97,9 @@ def _show(report: Report, *, destination: Path) -> None:
         table.add_row(name, f"{found.num_bytes:,}", found.xxh3_128)
     console.print(table)
     console.print(
-        f"{report.num_tensors:,} tensors, {report.num_bytes:,} bytes in {report.seconds:,.1f} s "
-        f"({report.gigabytes_per_second:.2f} GB/s), at most {report.peak_memory_bytes / 2**30:.2f} GiB of memory"
+        f"{report.num_tensors:,} tensors, {report.num_bytes:,} bytes in {report.seconds_of_converting:,.1f} s "
+        f"({report.gigabytes_per_second:.2f} GB/s), verified in {report.seconds_of_verifying:,.1f} s; "
+        f"at most {report.peak_memory_bytes / 2**30:.2f} GiB of memory"
     )
     for line in (*report.notes, *report.agreements):
         console.print(str(line), markup=False, highlight=False)

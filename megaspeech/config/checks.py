@@ -159,7 +159,7 @@ def _heads(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
     tp = sections["parallel"].tensor_model_parallel_size
     for name in ("temporal", "depth"):
         shape = sections[name]
-        if shape.hidden_size % shape.num_attention_heads:
+        if shape.head_width * shape.num_attention_heads != shape.hidden_size and not _has_own_width(shape):
             yield (
                 f"{name}.hidden_size: {shape.hidden_size} is not divisible by num_attention_heads = "
                 f"{shape.num_attention_heads}; choose a multiple"
@@ -170,8 +170,10 @@ def _heads(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
                 f"{shape.num_attention_heads}"
             )
     temporal = sections["temporal"]
-    width, remainder = divmod(temporal.hidden_size, temporal.num_attention_heads)
-    if not remainder and width % 2:
+    width = temporal.head_width
+    if width % 2 and _has_own_width(temporal):
+        yield f"temporal.kv_channels: {width} must be even, because RoPE rotates pairs; choose {width + 1}"
+    elif width % 2 and width * temporal.num_attention_heads == temporal.hidden_size:
         yield (
             f"temporal.hidden_size: {temporal.hidden_size} gives each of the num_attention_heads = "
             f"{temporal.num_attention_heads} a width of {width}, which must be even, because RoPE rotates pairs; "
@@ -189,6 +191,11 @@ def _heads(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
                 f"temporal.{key}: {getattr(temporal, key)} is not divisible by "
                 f"parallel.tensor_model_parallel_size = {tp}; choose a multiple, or a smaller layout"
             )
+
+
+def _has_own_width(shape: Any) -> bool:
+    """Whether the width of a transformer's heads is given, and not a share of its own."""
+    return getattr(shape, "kv_channels", None) is not None
 
 
 def _layers(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:

@@ -70,6 +70,20 @@ def config_of(tables: dict[str, Any], *, source: str) -> Config:
     return _build(tables, source=source, faults=[], world_size=None)
 
 
+def changed(config: Config, tables: dict[str, dict[str, Any]], *, source: str) -> Config:
+    """The checked config with other values for some keys of some sections; None for a key that is left out.
+
+    Raises:
+        ConfigError: every fault found.
+    """
+    values = config.model_dump(mode="json")
+    for name, table in tables.items():
+        values[name] |= table
+    for name in SECTIONS:
+        values[name] = {key: value for key, value in values[name].items() if value is not None}
+    return config_of(values, source=source)
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(str(path), ["there is no such file; give the path of a run's TOML config first"])

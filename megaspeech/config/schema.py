@@ -79,17 +79,30 @@ class TransformerSection(Section):
     num_attention_heads: Positive
     num_query_groups: Positive
 
+    @property
+    def head_width(self) -> int:
+        """Of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
 
 class TemporalSection(TransformerSection):
     """The transformer over frames. `context` frames are visible to a position, itself included.
 
     With `num_moe_experts` the feed-forward layers are mixtures of experts, each of `moe_ffn_hidden_size`.
+    `kv_channels`, `add_qkv_bias` and `qk_layernorm` are what some text models have, to start from them; the moshi
+    runtime knows none of the three.
     `num_extra_heads` linear heads of `extra_heads_dim` classes are kept with the model for the moshi runtime, as they
     came (`extra_heads_num_heads`; Kyutai's tell when a speaker pauses), and are not trained.
     """
 
     context: Positive = 3000
     rotary_base: Positive = 10000
+    kv_channels: Positive | None = None
+    """Width of a head (Qwen3); unset, hidden_size / num_attention_heads."""
+    add_qkv_bias: bool = False
+    """Queries, keys and values have a bias (Qwen2)."""
+    qk_layernorm: bool = False
+    """Queries and keys are normalised, each head by itself, before RoPE (Qwen3; arXiv 2302.05442)."""
     num_moe_experts: Positive | None = None
     moe_ffn_hidden_size: Positive | None = None
     moe_router_topk: Positive = 2
@@ -98,6 +111,11 @@ class TemporalSection(TransformerSection):
     moe_token_dispatcher_type: Literal["allgather", "alltoall"] = "alltoall"
     num_extra_heads: Natural = 0
     extra_heads_dim: Positive = 6
+
+    @property
+    def head_width(self) -> int:
+        """Of one attention head."""
+        return self.kv_channels or super().head_width
 
 
 class DepthSection(TransformerSection):

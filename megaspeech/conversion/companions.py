@@ -47,7 +47,7 @@ def _check_size(tokenizer: Path, *, model: StoredModel) -> None:
     if found != wanted:
         raise ValueError(
             f"{tokenizer} has {found:,} pieces, and the model's text has {wanted:,} (streams.text_cardinality); "
-            f"give the model's own by --tokenizer"
+            f"give the model's own by --tokenizer, or, to change its vocabulary, name it by --old-tokenizer"
         )
 
 

@@ -13,15 +13,18 @@ from typing import Any
 import torch
 
 from megaspeech.checkpoint.checksums import Checksum, read_checksums
+from megaspeech.config import read_config
 from megaspeech.config.computation import PrecisionSection
 from megaspeech.conversion import companions, verify
 from megaspeech.conversion.deferred import Deferred
 from megaspeech.conversion.formats import FORMATS, NATIVE, TARGETS, Format, function
+from megaspeech.conversion.growth import grow_streams
 from megaspeech.conversion.native_writing import write_native
 from megaspeech.conversion.rules import forget
 from megaspeech.conversion.safetensors_files import write_safetensors
 from megaspeech.conversion.stored import StoredModel
 from megaspeech.conversion.verify import Agreement
+from megaspeech.conversion.vocabulary import swap_vocabulary
 from megaspeech.conversion.writing import Aside, Progress, aside, refuse_existing
 
 REPORT = "conversion.json"
@@ -36,9 +39,14 @@ class Conversion:
         source, destination: folders; the source may be a safetensors file.
         source_format, target_format: of `formats.FORMATS`.
         dtype: a key of `DTYPES`; None keeps the source's.
-        tokenizer, codec: to go with the model, where the source does not know them, or instead.
+        tokenizer: to go with the model; where it is another than the model's own, the vocabulary is changed.
+        old_tokenizer: the model's own, where the source does not know it.
+        codec: to go with the model, where the source does not know it, or instead.
+        num_codebooks, num_given_codebooks: that the model is to have; None leaves them.
+        config: file of a run's config, for a model that starts from a text model.
         drop: what the reader may leave out, by name.
         lora: low-rank changes to fold in.
+        int8: matrices in eight bits.
         max_shard_bytes: of a safetensors file; None writes one.
         verify: compare both sides.
     """
@@ -49,14 +57,19 @@ class Conversion:
     target_format: str
     dtype: str | None = None
     tokenizer: Path | None = None
+    old_tokenizer: Path | None = None
     codec: Path | None = None
+    num_codebooks: int | None = None
+    num_given_codebooks: int | None = None
+    config: Path | None = None
     drop: tuple[str, ...] = ()
     lora: Path | None = None
+    int8: bool = False
     max_shard_bytes: int | None = None
     verify: bool = True
 
 
-OF_A_READER = {"drop": (), "lora": None}
+OF_A_READER = {"drop": (), "lora": None, "config": None}
 """Options that only some readers take, and their values when not given."""
 
 
@@ -66,7 +79,8 @@ class Report:
 
     num_tensors: int
     num_bytes: int
-    seconds: float
+    seconds_of_converting: float
+    seconds_of_verifying: float
     peak_memory_bytes: int
     files: Mapping[str, Checksum]
     agreements: tuple[Agreement, ...]
@@ -74,8 +88,8 @@ class Report:
 
     @property
     def gigabytes_per_second(self) -> float:
-        """Of tensors written, everything counted: reading, writing and verifying."""
-        return self.num_bytes / self.seconds / 1e9
+        """Of tensors written, everything but the verification counted, the source's checksums too."""
+        return self.num_bytes / self.seconds_of_converting / 1e9
 
 
 def convert(conversion: Conversion, *, progress: Progress = lambda _: None, total: Progress = lambda _: None) -> Report:
@@ -96,6 +110,8 @@ def convert(conversion: Conversion, *, progress: Progress = lambda _: None, tota
     source_format = _source_format(conversion)
     refuse_existing(conversion.destination)
     given = {name: getattr(conversion, name) for name in source_format.options}
+    if given.get("config"):
+        given["config"] = read_config(given["config"])
     opened = function(source_format.opens)(conversion.source, **given)
     model = _changed(opened, conversion)
     writer = _NativeWriter(model, conversion) if conversion.target_format == NATIVE else _Foreign(model, conversion)
@@ -105,12 +121,13 @@ def convert(conversion: Conversion, *, progress: Progress = lambda _: None, tota
         (folder.path / REPORT).unlink(missing_ok=True)  # of a process that was killed after it
         files = writer.write(folder, progress=progress)
         forget()
-        folder.keep = True
+        written, folder.keep = time.perf_counter(), True
         agreements, notes = _verify(opened, model, conversion, folder.path) if conversion.verify else ((), ())
         report = Report(
             num_tensors=writer.num_tensors,
             num_bytes=writer.num_bytes,
-            seconds=time.perf_counter() - started,
+            seconds_of_converting=written - started,
+            seconds_of_verifying=time.perf_counter() - written,
             peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             files=files,
             agreements=agreements,
@@ -124,8 +141,21 @@ def convert(conversion: Conversion, *, progress: Progress = lambda _: None, tota
 
 def _changed(opened: StoredModel, conversion: Conversion) -> StoredModel:
     """The model as it is to be written."""
-    model = companions.with_companions(opened, tokenizer=conversion.tokenizer, codec=conversion.codec)
+    model = _with_vocabulary(opened, conversion)
+    own, given = conversion.num_codebooks, conversion.num_given_codebooks
+    model = grow_streams(model, num_codebooks=own, num_given_codebooks=given)
+    model = companions.with_companions(model, tokenizer=conversion.tokenizer, codec=conversion.codec)
     return in_precision(model, conversion.dtype)
+
+
+def _with_vocabulary(model: StoredModel, conversion: Conversion) -> StoredModel:
+    """With the rows of the tokenizer that is to go with the model, if it is known to be another than the model's."""
+    beside = conversion.source / "tokenizer.json"  # of text models; no sentencepiece model lies there
+    old = conversion.old_tokenizer or model.companions.tokenizer or (beside if beside.is_file() else None)
+    new = conversion.tokenizer
+    if new is None or old is None or not new.is_file() or new.read_bytes() == old.read_bytes():
+        return model
+    return swap_vocabulary(model, tokenizer=new, old_tokenizer=old)
 
 
 def in_precision(model: StoredModel, dtype: str | None) -> StoredModel:
@@ -193,7 +223,8 @@ class _Foreign:
     def __init__(self, model: StoredModel, conversion: Conversion) -> None:
         self.conversion = conversion
         form = FORMATS[conversion.target_format]
-        self.files = function(form.files)(model)
+        given = {name: getattr(conversion, name) for name in form.writer_options}
+        self.files = function(form.files)(model, **given)
         self.beside = companions.placed(model) if form.takes_companions else {}
         self.notes = [*self.files.notes, *(companions.missing(model) if form.takes_companions else [])]
         weights = [*self.files.weights.values()]
@@ -219,8 +250,8 @@ def _verify(
     """Both sides with the native model between them; (what agrees, what was not compared and why)."""
     lack = verify.lack_of_memory(model)
     sides = [(opened, conversion.source, conversion.source_format), (model, path, conversion.target_format)]
-    if conversion.lora is not None or conversion.drop:
-        del sides[0]  # the source has not what is folded in, and has what is left out
+    if conversion.lora is not None or (conversion.drop and conversion.source_format == "moshi"):
+        del sides[0]  # the source's runtime computes without what is folded in, and with what is left out
     agreements, is_compared = [], False
     for side, files, name in sides:
         if FORMATS[name].difference and lack is None:

@@ -17,7 +17,8 @@ class Format:
     Attributes:
         opens: `(path, **options) -> StoredModel`.
         options: of the command, which `opens` takes too.
-        files: `(model) -> ForeignFiles`; empty where nothing is written in this format, and for our own.
+        files: `(model, **writer_options) -> ForeignFiles`; empty where nothing is written so, and for our own.
+        writer_options: of the command, which `files` takes too.
         difference: `(native model, path, config) -> float`, the largest difference of logits from those of the
             format's own runtime, both in FP32; empty for our own.
         takes_companions: whether tokenizer and codec lie beside the weights as files of their own.
@@ -29,6 +30,7 @@ class Format:
     files: str = ""
     difference: str = ""
     takes_companions: bool = False
+    writer_options: tuple[str, ...] = ()
     takes_shards: bool = False
 
 
@@ -40,6 +42,7 @@ FORMATS = {
         files="moshi:moshi_files",
         difference="verify:moshi_difference",
         takes_companions=True,
+        writer_options=("int8",),
     ),
     "transformers": Format(
         opens="transformers_folders:open_transformers",
@@ -47,6 +50,10 @@ FORMATS = {
         difference="transformers_verify:transformers_difference",
         takes_shards=True,
     ),
+    "llama": Format(
+        opens="text_models:open_text_model", options=("config", "drop"), difference="text_models:text_difference"
+    ),
+    "random": Format(opens="random_model:open_random"),
 }
 NATIVE = "native"
 TARGETS = tuple(name for name, form in FORMATS.items() if form.files or name == NATIVE)

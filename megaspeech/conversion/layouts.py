@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from megaspeech.config.schema import TransformerSection
 from megaspeech.conversion.rules import Layout
-from megaspeech.model.embedding import padded_rows
+from megaspeech.model.embedding import padded_rows, used_rows
 
 Tensors = Sequence[Tensor]
 
@@ -92,6 +91,21 @@ class Joined:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """One native tensor, and so many foreign ones of as many rows each."""
+
+    num_parts: int
+
+    def to_foreign(self, native: Tensors) -> Tensors:
+        """The parts."""
+        return native[0].chunk(self.num_parts)
+
+    def to_native(self, foreign: Tensors) -> Tensors:
+        """One after the other."""
+        return [torch.cat(list(foreign))]
+
+
+@dataclass(frozen=True)
 class Table:
     """The packed table of several streams' embeddings, and one table a stream, its initial token's row the last.
 
@@ -112,8 +126,8 @@ class Table:
                 raise ValueError(
                     f"a cardinality of {cardinality} needs {cardinality + 1} rows, not {table_RH.shape[0]}"
                 )
-        table_RH = torch.cat(list(foreign))
-        return [F.pad(table_RH, (0, 0, 0, padded_rows(self.cardinalities) - table_RH.shape[0]))]
+        padding = padded_rows(self.cardinalities) - used_rows(self.cardinalities)
+        return [torch.cat([*foreign, foreign[0].new_zeros(padding, foreign[0].shape[1])])]
 
 
 @dataclass(frozen=True)

@@ -29,14 +29,16 @@ from megaspeech.conversion.moshi_config import (
     num_depformer_sets,
     sections_of,
 )
+from megaspeech.conversion.moshi_int8 import from_int8, in_int8
 from megaspeech.conversion.moshi_lora import folded
 from megaspeech.conversion.moshi_names import copied, split
 from megaspeech.conversion.moshi_refusals import TENSORS_OF, held_values
 from megaspeech.conversion.native import native_shapes
 from megaspeech.conversion.rules import Layout, Rule, to_foreign, to_native
 from megaspeech.conversion.safetensors_files import INDEX, open_safetensors
-from megaspeech.conversion.stored import RUN_FILE, TOKENIZER_FILE, Companions, ForeignFiles, StoredModel
+from megaspeech.conversion.stored import TOKENIZER_FILE, Companions, ForeignFiles, StoredModel
 
+RUN_FILE = "megaspeech.toml"
 MIMI_FRAME_RATE = 12.5
 LORA_SCALING = 2.0
 """Where a config.json does not say (moshi/models/loaders.py)."""
@@ -130,13 +132,18 @@ def _extra_heads(config: Config) -> Iterator[Rule]:
         yield Rule(("extra_heads",), tuple(f"extra_heads.{index}.weight" for index in range(count)), Unbound())
 
 
-def moshi_files(model: StoredModel) -> ForeignFiles:
+def moshi_files(model: StoredModel, *, int8: bool = False) -> ForeignFiles:
     """What the runtime opens: weights, `config.json`, and the run's config for our own tools.
+
+    Args:
+        model: in FP32 or BF16.
+        int8: matrices in eight bits, which the runtime takes if it loads the model in FP32 (`streaming.runtime` does;
+            its own commands do not) and bitsandbytes is installed.
 
     Raises:
         ValueError: the model has what the runtime knows nothing of.
     """
-    values = moshi_config(model.config)
+    values = moshi_config(model.config) | ({"quantize": True} if int8 else {})
     if model.companions.tokenizer is not None:
         values["tokenizer_name"] = TOKENIZER_FILE
     if model.companions.codec is not None and model.companions.codec.is_file():
@@ -147,6 +154,7 @@ def moshi_files(model: StoredModel) -> ForeignFiles:
         values |= {"mimi_name": KYUTAI_FILE} if KYUTAI_FILE in codec.weights_beside else {}
     files = {CONFIG_FILE: json.dumps(values, indent=1).encode(), RUN_FILE: as_toml(model.config).encode()}
     weights = to_foreign(model.weights, rules(model.config))
+    weights = in_int8(weights) if int8 else weights
     return ForeignFiles(weights, files | codec.small_files, codec.weights_beside)
 
 
@@ -168,7 +176,7 @@ def open_moshi(path: str | Path, *, drop: Sequence[str] = (), lora: Path | None 
     values, more = held_values(found, drop=drop, source=source)
     file = path if path.is_file() else _weights_file(folder, values)
     try:
-        weights = split(open_safetensors(file), num_sets=num_depformer_sets(values))
+        weights = split(from_int8(open_safetensors(file)), num_sets=num_depformer_sets(values))
         weights, folding = _with_lora(weights, values, folder=folder, file=lora)
         weights, casting = _as_held(weights, values, drop=drop)
         config = _config(folder, values, dtype=weights["text_emb.weight"].dtype)

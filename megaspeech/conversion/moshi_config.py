@@ -12,6 +12,7 @@ from typing import Any
 
 from megaspeech.config import Config
 from megaspeech.config.schema import TransformerSection
+from megaspeech.conversion.text_config import unlike_moshis
 
 Values = Mapping[str, Any]
 
@@ -145,6 +146,7 @@ def _depformer(config: Config) -> dict[str, Any]:
 def _unknown_to_the_runtime(config: Config) -> Iterator[str]:
     if config.temporal.num_moe_experts is not None:
         yield f"temporal.num_moe_experts: {config.temporal.num_moe_experts}, but moshi has no mixtures of experts"
+    yield from unlike_moshis(config.temporal)
     epsilon, known = config.model.layernorm_epsilon, sorted(EPSILON_OF_NORM.values())
     if epsilon not in known:
         yield f"model.layernorm_epsilon: {epsilon}, but moshi's norms have {' or '.join(map(str, known))}"

@@ -56,6 +56,8 @@ def held_values(values: Values, *, drop: Sequence[str], source: str) -> tuple[di
     for fault in _faults(kept):
         raise ValueError(f"{source}: {fault}")
     notes += [f"{key} of {source} is not kept: the runtime will use its own" for key in NOT_KEPT if values.get(key)]
+    if kept.get("quantize"):
+        notes.append("matrices were in eight bits; what that lost is not in them any more")
     if not Lookup(kept)("context"):
         notes.append(f"{source} has no context, which streaming needs: set to {CONTEXT} frames (temporal.context)")
     return kept, notes
@@ -92,7 +94,6 @@ def _held(get: Lookup) -> dict[str, tuple[Any, ...]]:
         "layer_scale": (None,),
         "positional_embedding": ("rope", "rope_concat"),
         "cross_attention": (False,),
-        "quantize": (False,),
     }
     if get("dep_q"):
         held |= {"depformer_norm": (None,), "depformer_pos_emb": ("none",)}

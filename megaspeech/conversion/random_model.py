@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megaspeech.config import Config
+from megaspeech.config import Config, read_config
+from megaspeech.conversion.companions import named
 from megaspeech.conversion.deferred import Deferred
 from megaspeech.conversion.native import native_shapes
 from megaspeech.conversion.stored import StoredModel
+
+
+def open_random(path: str | Path) -> StoredModel:
+    """The model of a run's config file, untrained.
+
+    Raises:
+        ConfigError: the file is none.
+    """
+    model = random_model(read_config(path))
+    return replace(model, companions=named(model.config))
 
 
 def random_model(config: Config, *, seed: int = 0) -> StoredModel:

@@ -12,8 +12,8 @@ from pathlib import Path
 from megaspeech.config import Config
 from megaspeech.conversion.deferred import Weights
 
-RUN_FILE, TOKENIZER_FILE = "megaspeech.toml", "tokenizer.model"
-"""What our folders hold beside a model in a foreign format: the run's config, the sentencepiece model."""
+TOKENIZER_FILE = "tokenizer.model"
+"""The name of the sentencepiece model beside a model's weights."""
 
 
 @dataclass(frozen=True)

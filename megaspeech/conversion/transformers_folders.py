@@ -19,9 +19,10 @@ from megaspeech.codecs.weights import CONFIG_FILE
 from megaspeech.config import Config, as_toml, config_of, read_config
 from megaspeech.conversion.deferred import Weights
 from megaspeech.conversion.mimi_files import INSIDE, Mimi, first_codebooks, open_mimi
+from megaspeech.conversion.moshi import RUN_FILE
 from megaspeech.conversion.rules import Rule, to_foreign, to_native
 from megaspeech.conversion.safetensors_files import open_safetensors
-from megaspeech.conversion.stored import RUN_FILE, TOKENIZER_FILE, Companions, ForeignFiles, StoredModel
+from megaspeech.conversion.stored import TOKENIZER_FILE, Companions, ForeignFiles, StoredModel
 from megaspeech.conversion.transformers_moshi import moshi_config, moshi_generation, moshi_rules, moshi_sections
 from megaspeech.conversion.transformers_stt import stt_config, stt_generation, stt_rules, stt_sections
 from megaspeech.conversion.transformers_text import fast_tokenizer, saved

@@ -16,6 +16,7 @@ from megaspeech.conversion.deferred import Weights
 from megaspeech.conversion.layouts import GroupedQueries, Same
 from megaspeech.conversion.mimi_files import Mimi
 from megaspeech.conversion.rules import Rule
+from megaspeech.conversion.text_config import unlike_moshis
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -84,6 +85,7 @@ def unknown_layers(config: Config) -> Iterator[str]:
     """What a native model's layers over frames have and transformers' have not, a line each."""
     if config.temporal.num_moe_experts is not None:
         yield f"temporal.num_moe_experts: {config.temporal.num_moe_experts}, but transformers has no experts there"
+    yield from unlike_moshis(config.temporal)
 
 
 def unknown_codec(config: Config, *, mimi: Mimi, num_codebooks: int) -> Iterator[str]:

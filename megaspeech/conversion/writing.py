@@ -1,12 +1,11 @@
 """Large files written so that a conversion that is killed goes on: aside, a segment at a time, with a journal.
 
-DST.part/
-  conversion.journal    what is being converted, and how far each file has come
-  ...                   the files of DST
+DST.part/      the files of DST
+DST.journal    what is being converted, and how far each file has come
 
 The journal is a line of JSON for each portion that is on the disk: how many bytes of a file, and their checksum. The
 same command again reads that portion, sees that it is what was written, and goes on behind it. When all is done and
-verified the journal goes and DST.part becomes DST; until then there is no DST.
+verified DST.part becomes DST, and the journal goes; until then there is no DST.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from megaspeech.checkpoint.checksums import CHUNK, Checksum, checksum
 
-UNFINISHED, JOURNAL = ".part", "conversion.journal"
+UNFINISHED, JOURNAL = ".part", ".journal"
 MARK_EVERY = 1 << 30
 """Bytes after which what was written is made durable and noted: the most that a killed conversion does again."""
 PORTION = 1 << 20
@@ -112,16 +111,15 @@ class Aside:
     def checksums(self, known: Mapping[str, Checksum]) -> dict[str, Checksum]:
         """Of all files, by their names within the folder; those that are known are not read."""
         files = {file.relative_to(self.path).as_posix(): file for file in self.path.rglob("*") if file.is_file()}
-        del files[JOURNAL]
         return {name: known[name] if name in known else checksum(file) for name, file in sorted(files.items())}
 
     def finish(self, destination: Path) -> None:
         """All is there: DST.part becomes DST."""
         for path in [*self.path.rglob("*"), self.path]:
             _sync(path)
-        (self.path / JOURNAL).unlink()
         self.path.rename(destination)
         _sync(destination.parent)
+        _journal_of(destination).unlink()
 
 
 def refuse_existing(destination: Path) -> None:
@@ -148,20 +146,27 @@ def aside(destination: Path, *, request: Mapping[str, Any], num_bytes: int) -> I
     refuse_existing(destination)
     path = destination.with_name(destination.name + UNFINISHED)
     _check_room(path, num_bytes=num_bytes)
-    request = json.loads(json.dumps(request))
-    is_new = not path.exists()
-    path.mkdir(parents=True, exist_ok=True)
-    if not (path / JOURNAL).exists() and any(path.iterdir()):
+    if path.exists() and not _journal_of(destination).exists():
         raise ValueError(f"{path} is in the way and no unfinished conversion; remove it, or name another folder")
-    with (path / JOURNAL).open("a+b") as journal:
-        portions = _opened(path, journal, request=request)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _journal_of(destination).open("a+b") as journal:
+        _lock(journal, path=path)
+        if is_new := not path.exists():
+            journal.truncate(0)  # of a folder that the user has removed
+        portions = _portions(journal, request=json.loads(json.dumps(request)), path=path)
+        path.mkdir(exist_ok=True)
         folder = Aside(path, journal, portions)
         try:
             yield folder
         except ValueError:
             if is_new and not folder.keep:
                 shutil.rmtree(path, ignore_errors=True)
+                _journal_of(destination).unlink()
             raise
+
+
+def _journal_of(destination: Path) -> Path:
+    return destination.with_name(destination.name + JOURNAL)
 
 
 def check_finite(tensor: Tensor, *, name: str) -> None:
@@ -185,12 +190,15 @@ def _check_room(path: Path, *, num_bytes: int) -> None:
         raise ValueError(f"{path.parent} has {free:,} bytes free, and the conversion takes {needed:,}; make room")
 
 
-def _opened(path: Path, journal: IO[bytes], *, request: dict[str, Any]) -> dict[str, _Portion]:
-    """The portions that an open journal tells of; a new one is begun."""
+def _lock(journal: IO[bytes], *, path: Path) -> None:
     try:
         fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise ValueError(f"{path} is being written by another process; wait for it, or end it") from error
+
+
+def _portions(journal: IO[bytes], *, request: dict[str, Any], path: Path) -> dict[str, _Portion]:
+    """The portions that a journal tells of; an empty one is begun."""
     lines = _whole_lines(journal)
     if not lines:
         _append(journal, request)

@@ -14,7 +14,8 @@ def count_parameters(config: Config) -> dict[str, int]:
     where there are any.
     """
     streams, temporal = config.streams, config.temporal
-    layer = _attention(temporal) + sum(_feed_forward(temporal)) + 2 * temporal.hidden_size
+    layer = _attention(temporal) + _attention_vectors(temporal) + sum(_feed_forward(temporal))
+    layer += 2 * temporal.hidden_size
     parts = {
         "embedding": (sum(streams.cardinalities) + streams.num_streams) * temporal.hidden_size,
         "temporal": temporal.num_layers * layer + temporal.hidden_size,
@@ -45,6 +46,7 @@ def count_flops(config: Config, *, num_frames: int) -> dict[str, int]:
     growing = min(num_frames, temporal.context)  # frame t sees min(t + 1, context) frames, itself included
     seen = (growing * (growing + 1) // 2 + (num_frames - growing) * temporal.context) / num_frames
     codebooks = streams.num_codebooks
+    attended = temporal.num_attention_heads * temporal.head_width
     temporal_matrices = _attention(temporal) + _feed_forward(temporal)[0]
     depth_matrices = depth.num_layers * (_attention(depth) + _swiglu(depth)) + depth.hidden_size * (
         streams.cardinality + (depth.low_rank_embeddings or 0)
@@ -52,7 +54,7 @@ def count_flops(config: Config, *, num_frames: int) -> dict[str, int]:
     projections = (codebooks if depth.multi_linear else min(1, codebooks)) * temporal.hidden_size * depth.hidden_size
     depth_scores = depth.num_layers * 2 * depth.hidden_size * (codebooks + 1) / 2
     return {
-        "temporal": int(2 * temporal.num_layers * (temporal_matrices + 2 * temporal.hidden_size * seen)),
+        "temporal": int(2 * temporal.num_layers * (temporal_matrices + 2 * attended * seen)),
         "text_head": 2 * streams.text_cardinality * temporal.hidden_size,
         "depth": int(2 * (projections + codebooks * (depth_matrices + depth_scores))),
     }
@@ -60,9 +62,14 @@ def count_flops(config: Config, *, num_frames: int) -> dict[str, int]:
 
 def _attention(shape: TransformerSection) -> int:
     """Weights of one layer's attention projections, for one codebook in the depth transformer."""
-    width = shape.hidden_size
-    key_value = width * shape.num_query_groups // shape.num_attention_heads
-    return width * (width + 2 * key_value) + width * width
+    queries, keys = shape.num_attention_heads * shape.head_width, shape.num_query_groups * shape.head_width
+    return shape.hidden_size * (2 * queries + 2 * keys)
+
+
+def _attention_vectors(shape: TemporalSection) -> int:
+    """Biases and norms within one layer's attention."""
+    heads = shape.num_attention_heads + 2 * shape.num_query_groups
+    return shape.head_width * (heads * shape.add_qkv_bias + 2 * shape.qk_layernorm)
 
 
 def _swiglu(shape: TransformerSection) -> int:

@@ -47,7 +47,9 @@ def transformer_config(config: Config) -> TransformerConfig:
         ffn_hidden_size=shape.ffn_hidden_size,
         num_attention_heads=shape.num_attention_heads,
         num_query_groups=shape.num_query_groups,
-        kv_channels=shape.hidden_size // shape.num_attention_heads,
+        kv_channels=shape.head_width,
+        add_qkv_bias=shape.add_qkv_bias,
+        qk_layernorm=shape.qk_layernorm,
         window_size=(shape.context - 1, 0),
         normalization="RMSNorm",
         layernorm_epsilon=config.model.layernorm_epsilon,
@@ -160,16 +162,21 @@ def _experts(config: Config) -> dict[str, Any]:
 
 def layer_spec(config: Config) -> ModuleSpec:
     """The layer of `model.transformer_impl`. Raises ValueError where TransformerEngine is asked for and absent."""
-    experts = config.temporal.num_moe_experts
+    experts, normed = config.temporal.num_moe_experts, config.temporal.qk_layernorm
     if not uses_transformer_engine(config):
         spec = get_gpt_layer_local_spec(num_experts=experts, normalization="RMSNorm")
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
-        spec.submodules.self_attention.submodules.core_attention = CoreAttention
+        attending = spec.submodules.self_attention.submodules
+        attending.core_attention = CoreAttention
+        if normed:
+            attending.q_layernorm = attending.k_layernorm = RMSNorm
         if experts:  # TransformerEngine fuses no norm into experts, so neither are its names theirs
             del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     else:
         try:
-            spec = get_gpt_layer_with_transformer_engine_spec(num_experts=experts, moe_grouped_gemm=bool(experts))
+            spec = get_gpt_layer_with_transformer_engine_spec(
+                num_experts=experts, moe_grouped_gemm=bool(experts), qk_layernorm=normed
+            )
             spec.submodules.self_attention.submodules.core_attention = attention.TransformerEngineAttention
         except (ImportError, NameError, AttributeError) as error:
             raise ValueError(

@@ -67,7 +67,7 @@ class FullyShardedChunk(_BaseDataParallel):
         the parameter's `id`).
 
         megatron-core describes how a parameter is cut by tensor parallelism; the cut along the data parallel ranks,
-        always along another axis, is added to that.
+        mostly along another axis, is added to that.
         """
         for module in self.module.modules():
             if isinstance(module, FSDPModule):
@@ -90,32 +90,32 @@ def _cut(place: ShardedBase, parameter: DTensor) -> ShardedBase:
             return dict_list_map_outplace(lambda part: _cut(part, parameter), place.build_fn(*arguments))
 
         return replace(place, build_fn=build, replica_id=(*place.replica_id[:-1], 0))
-    axis = place.prepend_axis_num + placement.dim
-    assert place.axis_fragmentations[axis] == 1, f"{place.key} is cut twice along axis {placement.dim}"
+    axis, ranks = place.prepend_axis_num + placement.dim, mesh.size()
+    start = place.global_offset[axis] * ranks + place.local_shape[placement.dim] * mesh.get_local_rank()
 
     def along(values: tuple[int, ...], value: int) -> tuple[int, ...]:
         return (*values[:axis], value, *values[axis + 1 :])
 
-    length = place.global_shape[axis]
     return replace(
         place,
-        global_shape=along(place.global_shape, length * mesh.size()),
-        global_offset=along(place.global_offset, length * mesh.get_local_rank()),
-        axis_fragmentations=along(place.axis_fragmentations, mesh.size()),
+        global_shape=along(place.global_shape, place.global_shape[axis] * ranks),
+        global_offset=along(place.global_offset, start),
+        axis_fragmentations=along(place.axis_fragmentations, place.axis_fragmentations[axis] * ranks),
         replica_id=(*place.replica_id[:-1], 0),  # no two data parallel ranks hold the same
     )
 
 
 def shard_axis(parameter: torch.Tensor, num_ranks: int) -> int:
     """The axis along which a parameter is cut into `num_ranks` equal parts: the last that is not cut by tensor
-    parallelism, so that a shard is a rectangle of the whole tensor and checkpoints can say where it lies.
+    parallelism, so that a shard is a rectangle of the whole tensor and checkpoints can say where it lies. A bias
+    has one axis alone: what tensor parallelism leaves of it is cut once more.
 
     Raises:
         ValueError: none can be cut so.
     """
     cut = getattr(parameter, "partition_dim", -1) if getattr(parameter, "tensor_model_parallel", False) else -1
     for axis in reversed(range(parameter.ndim)):
-        if axis != cut and parameter.shape[axis] % num_ranks == 0:
+        if (axis != cut or parameter.ndim == 1) and parameter.shape[axis] % num_ranks == 0:
             return axis
     raise ValueError(
         f'parallel.data_parallel = "fsdp2": a parameter of shape {tuple(parameter.shape)} cannot be shared out evenly '

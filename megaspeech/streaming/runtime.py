@@ -66,6 +66,8 @@ def load_runtime(
     config = _read_config(directory / CONFIG_FILE)
     weights = directory / config.get("moshi_name", WEIGHTS_FILE)
     _require_file(weights)
+    if config.get("quantize"):
+        _require_int8(directory, dtype=dtype)
     loaders = import_moshi(device).loaders
     try:
         # Explicit paths everywhere: a None would be looked for on the hub.
@@ -103,6 +105,20 @@ def make_generator(
         on_text_hook=on_text_hook,
         on_audio_hook=on_audio_hook,
     )
+
+
+def _require_int8(directory: Path, *, dtype: torch.dtype) -> None:
+    """See that matrices in eight bits can be run: moshi's loader rounds their scales to `dtype`, and then refuses any
+    but FP32."""
+    if dtype is not torch.float32:
+        raise ValueError(f"{directory}: its matrices are in eight bits, which moshi runs in FP32 alone, not in {dtype}")
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"{directory}: its matrices are in eight bits, and moshi leaves their products to bitsandbytes, which "
+            f'cannot be imported ({error}). Install it with `pip install "bitsandbytes>=0.45,<0.50"`'
+        ) from error
 
 
 def _require_file(path: Path) -> None:

@@ -38,6 +38,7 @@ def _products() -> list[str]:
     return found
 
 
+TEXT_MODEL = "temporal.add_qkv_bias=true,temporal.qk_layernorm=true,temporal.kv_channels=24"
 OTHERS = [
     # uneven and drawn pipelines
     "pp=2,last=1,first=3",
@@ -71,6 +72,10 @@ OTHERS = [
     # no GQA, no window
     "tp=4,temporal.num_query_groups=4",
     "tp=2,cp=2,temporal.context=3000",
+    # what text models have: biases, norms of queries and keys, heads of their own width
+    f"tp=2,{TEXT_MODEL}",
+    f"tp=4,sp=1,{TEXT_MODEL}",
+    f"pp=2,dp=2,data=fsdp2,{TEXT_MODEL}",
     # experts
     "model.preset=tiny-moe,ep=2,dp=2",
     "model.preset=tiny-moe,ep=4,dp=4",
@@ -103,6 +108,7 @@ RESHARDED = [
     "dp=2,cp=2,zero=0 > dp=4 > dp=4,data=fsdp2 > dp=4,zero=0",
     "pack=1,row=48,micro=1,dp=2 > pack=1,row=64,micro=1,tp=2,sp=1 > dp=2",
     "pp=2,vp=2,dp=2 > pp=2,dp=2,last=1 > cp=2,tp=2",
+    f"tp=2,dp=2,data=fsdp2,{TEXT_MODEL} > dp=4,data=fsdp2,{TEXT_MODEL} > tp=4,{TEXT_MODEL}",
     "model.preset=tiny-moe,ep=4,dp=4 > model.preset=tiny-moe,tp=2,sp=1,pp=2 > model.preset=tiny-moe,dp=4,data=fsdp2",
 ]
 STEPS = {text: 20 for text in (*_products(), *OTHERS)} | {text: 40 for text in RESHARDED}

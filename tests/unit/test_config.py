@@ -138,6 +138,7 @@ def test_malformed_overrides(read: Read, override: str) -> None:
         ),
         (["parallel.sequence_parallel=true"], None, "parallel.sequence_parallel: true needs"),
         (["temporal.hidden_size=66"], None, "temporal.hidden_size: 66 is not divisible by num_attention_heads = 4"),
+        (["temporal.kv_channels=15"], None, "temporal.kv_channels: 15 must be even, because RoPE rotates pairs"),
         (["depth.hidden_size=30"], None, "depth.hidden_size: 30 is not divisible by num_attention_heads = 4"),
         (["temporal.num_query_groups=3"], None, "temporal.num_query_groups: 3 does not divide"),
         (["depth.num_query_groups=3"], None, "depth.num_query_groups: 3 does not divide"),

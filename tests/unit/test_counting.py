@@ -26,6 +26,14 @@ SHAPES = {
     "text alone": ("tiny", ["streams.num_codebooks=0", "streams.delays=[0, 0, 1, 1, 1]"]),
 }
 EXPERTS = {"experts": ("tiny-moe", ["temporal.num_moe_experts=3"])}
+ATTENTION = {  # as of text models
+    "biases": ("tiny", ["temporal.add_qkv_bias=true"]),
+    "norms, wide heads": ("tiny", ["temporal.qk_layernorm=true", "temporal.kv_channels=24"]),
+    "all of it, experts": (
+        "tiny-moe",
+        ["temporal.add_qkv_bias=true", "temporal.qk_layernorm=true", "temporal.kv_channels=10"],
+    ),
+}
 
 
 HAND = {
@@ -51,9 +59,9 @@ def test_the_larger_presets(preset: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize("name", SHAPES | EXPERTS)
+@pytest.mark.parametrize("name", SHAPES | EXPERTS | ATTENTION)
 def test_parameters_equal_those_of_the_model(name: str, tmp_path: Path) -> None:
-    preset, overrides = (SHAPES | EXPERTS)[name]
+    preset, overrides = (SHAPES | EXPERTS | ATTENTION)[name]
     config = make_config(tmp_path, *overrides, preset=preset)
     model = SpeechTextModel(config, pre_process=True, post_process=True)
     built = {
@@ -121,10 +129,10 @@ def test_flops_of_a_sample_longer_than_the_window(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", [*SHAPES, "biases", "norms, wide heads"])
 def test_matrix_products_equal_those_that_are_run(name: str, tmp_path: Path) -> None:
     """torch counts the products of a forward pass; attention's own are taken off, torch counts both halves of them."""
-    preset, overrides = SHAPES[name]
+    preset, overrides = (SHAPES | ATTENTION)[name]
     config = make_config(tmp_path, *overrides, preset=preset)
     model = SpeechTextModel(config, pre_process=True, post_process=True)
     batch, frames = 2, 8
@@ -133,7 +141,8 @@ def test_matrix_products_equal_those_that_are_run(name: str, tmp_path: Path) -> 
         model(codes_BST, torch.ones(batch, 1 + config.streams.num_codebooks, frames))
     products = sum(count for op, count in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
     seen, codebooks = (frames + 1) / 2, config.streams.num_codebooks
-    scores = 2 * config.temporal.num_layers * 2 * config.temporal.hidden_size * seen
+    attended = config.temporal.num_attention_heads * config.temporal.head_width
+    scores = 2 * config.temporal.num_layers * 2 * attended * seen
     scores += 2 * codebooks * config.depth.num_layers * 2 * config.depth.hidden_size * (codebooks + 1) / 2
     # A delayed codebook's first frames are initial tokens without weight, but the frame enters with the others.
     assert products == batch * frames * (sum(count_flops(config, num_frames=frames).values()) - scores)

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megaspeech.config import Config
+from megaspeech.conversion.moshi import RUN_FILE
 from megaspeech.conversion.moshi_config import CONFIG_FILE, WEIGHTS_FILE
-from megaspeech.conversion.stored import RUN_FILE
 from megaspeech.model.speech_text_model import SpeechTextModel
 from megaspeech.streaming.agreement import largest_difference
 from megaspeech.streaming.runtime import load_runtime

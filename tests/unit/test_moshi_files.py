@@ -91,7 +91,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "demux": ({"demux_second_stream": True}, "demux_second_stream = True"),
     "cross attention": ({"cross_attention": True}, "cross_attention = True"),
     "gates of many widths": ({"depformer_dim_feedforward": [66, 66, 33, 33]}, r"\[66, 66, 33, 33\] cannot be held"),
-    "int8": ({"quantize": True}, "quantize = True"),
     "unknown key": ({"dimm": 3}, "dimm is no key that moshi knows"),
     "conditioners": ({"conditioners": {"speaker": {}}}, "--drop conditioners"),
     "a schedule without sets": (

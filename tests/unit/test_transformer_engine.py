@@ -81,10 +81,15 @@ def test_a_layer_is_fused(tmp_path: Path) -> None:
     assert layer.config.bias_activation_fusion and layer.config.bias_dropout_fusion
 
 
-@pytest.mark.parametrize("preset", ["tiny", "digits", "moshi-7b"])
+TEXT_MODEL = ("temporal.add_qkv_bias=true", "temporal.qk_layernorm=true", "temporal.kv_channels=24")
+
+
+@pytest.mark.parametrize("preset, more", [("tiny", ()), ("tiny", TEXT_MODEL), ("digits", ()), ("moshi-7b", ())])
 @pytest.mark.parametrize("recipe", ["fp32", "bf16", "fp8-tensorwise"])
-def test_a_layer_has_as_many_parameters_as_are_counted(preset: str, recipe: str, tmp_path: Path) -> None:
-    config = make_config(tmp_path, TE, f"precision.recipe={recipe}", preset=preset)
+def test_a_layer_has_as_many_parameters_as_are_counted(
+    preset: str, more: tuple[str, ...], recipe: str, tmp_path: Path
+) -> None:
+    config = make_config(tmp_path, TE, f"precision.recipe={recipe}", *more, preset=preset)
     counted = count_parameters(config)["temporal"] - config.temporal.hidden_size  # the final norm
     layer = build_layer(config, device="meta")
     assert config.temporal.num_layers * sum(each.numel() for each in layer.parameters()) == counted
@@ -96,10 +101,10 @@ def saved(config: Config) -> set[tuple[str, str]]:
     return {(type(each).__name__, each.key) for each in nested_values(model.sharded_state_dict(metadata=metadata))}
 
 
-@pytest.mark.parametrize("preset", ["tiny", "tiny-moe"])
-def test_checkpoints_are_the_local_layers(preset: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("preset, more", [("tiny", ()), ("tiny", TEXT_MODEL), ("tiny-moe", ())])
+def test_checkpoints_are_the_local_layers(preset: str, more: tuple[str, ...], tmp_path: Path) -> None:
     ours, theirs = (
-        saved(make_config(tmp_path, f"model.transformer_impl={impl}", "precision.recipe=bf16", preset=preset))
+        saved(make_config(tmp_path, f"model.transformer_impl={impl}", "precision.recipe=bf16", *more, preset=preset))
         for impl in ("local", "transformer_engine")
     )
     assert {key for key in ours if not key[1].endswith("_extra_state")} == {
