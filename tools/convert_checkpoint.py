@@ -53,6 +53,7 @@ def _read(arguments: list[str]) -> Conversion:
     add("--config", type=Path, metavar="FILE", help="of the run that starts from a text model: its streams and depth")
     add("--drop", default="", metavar="NAME,...", help="what may be left out of the source, as its error names it")
     add("--lora", type=Path, metavar="FILE", help="low-rank changes to fold in")
+    add("--int8", action="store_true", help="matrices in eight bits: see docs/conversion_moshi.md for who runs them")
     add("--max-shard-size", type=float, metavar="GB", help="write several safetensors files, none larger")
     add("--no-verify", action="store_true", help="compare nothing at the end")
     options = vars(parser.parse_args(arguments))

@@ -71,6 +71,8 @@ class Conversion:
 
 OF_A_READER = {"drop": (), "lora": None, "config": None}
 """Options that only some readers take, and their values when not given."""
+OF_A_WRITER = {"int8": False}
+"""Of some writers."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,10 @@ def _source_format(conversion: Conversion) -> Format:
             raise ValueError(f"--{name}: is for --from {takers}, not for --from {conversion.source_format}")
     assert conversion.target_format in TARGETS, conversion.target_format
     target = FORMATS[conversion.target_format]
+    for name, default in OF_A_WRITER.items():
+        if getattr(conversion, name) != default and name not in target.writer_options:
+            takers = ", ".join(other for other, form in FORMATS.items() if name in form.writer_options)
+            raise ValueError(f"--{name}: is for --to {takers}, not for --to {conversion.target_format}")
     if conversion.max_shard_bytes is not None and not target.takes_shards:
         raise ValueError(f"--max-shard-size: what reads --to {conversion.target_format} wants one file; leave it out")
     if conversion.dtype == "fp16" and conversion.target_format == NATIVE:
@@ -252,13 +258,16 @@ def _verify(
     sides = [(opened, conversion.source, conversion.source_format), (model, path, conversion.target_format)]
     if conversion.lora is not None or (conversion.drop and conversion.source_format == "moshi"):
         del sides[0]  # the source's runtime computes without what is folded in, and with what is left out
+    if conversion.int8:
+        del sides[-1]  # which has been rounded
     agreements, is_compared = [], False
     for side, files, name in sides:
         if FORMATS[name].difference and lack is None:
             difference = function(FORMATS[name].difference)
             agreements.append(verify.logits_agree(side, files, runtime=name, difference=difference))
-            is_compared = name == conversion.target_format
+            is_compared = files is path
     if not is_compared:
         written = function(FORMATS[conversion.target_format].opens)(path)
-        agreements.append(verify.tensors_agree(model, written, path=path))
+        agree = verify.rounded_tensors_agree if conversion.int8 else verify.tensors_agree
+        agreements.append(agree(model, written, path=path))
     return tuple(agreements), (lack,) if lack else ()

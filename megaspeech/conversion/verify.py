@@ -75,6 +75,22 @@ def tensors_agree(model: StoredModel, written: StoredModel, *, path: Path) -> Ag
     return Agreement(f"{len(model.weights)} tensors read back, all bits equal")
 
 
+def rounded_tensors_agree(model: StoredModel, written: StoredModel, *, path: Path) -> Agreement:
+    """The same of a model whose matrices were rounded to eight bits: within half a step of the largest row.
+
+    Raises:
+        ValueError: a tensor is farther off.
+    """
+    for name, one in model.weights.items():
+        before, after = one.read().float(), written.weights[name].read().float()
+        # Half a step of the eight bits, and of the precision that they are read back in.
+        most = before.abs().max() * (0.501 / 127 + torch.finfo(one.dtype).eps / 2)
+        if not (off := (after - before).abs().max()) <= most:
+            raise ValueError(f"{path}: tensor {name} is off by {off:.1e}, more than eight bits explain; do not use it")
+    forget()
+    return Agreement(f"{len(model.weights)} tensors read back, all within half a step of eight bits")
+
+
 def lack_of_memory(model: StoredModel) -> str | None:
     """Why logits cannot be compared here, in words; None where both models fit in FP32 into what is free."""
     needed = 2 * sum(torch.Size(one.shape).numel() for one in model.weights.values()) * torch.float32.itemsize

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from megaspeech.config import as_toml
 from megaspeech.conversion import moshi
+from megaspeech.conversion.convert import Conversion, convert
 from megaspeech.conversion.deferred import Deferred
 from megaspeech.conversion.moshi import open_moshi
 from megaspeech.conversion.moshi_config import LEGACY
 from megaspeech.conversion.rules import to_foreign
+from megaspeech.conversion.safetensors_files import open_safetensors
 from megaspeech.model.speech_text_model import SpeechTextModel
 from megaspeech.streaming.agreement import largest_difference, runtime_logits
 from megaspeech.streaming.runtime import import_moshi, load_runtime, make_generator
@@ -297,3 +299,14 @@ def test_a_transcriber_says_how_late_it_writes(tmp_path: Path) -> None:
     assert opened.companions.tokenizer == folder / "tokenizer_spm.model"
     assert opened.companions.codec == folder / "mimi.safetensors"
     assert opened.notes == (f"model_id of {folder / 'config.json'} is not kept: the runtime will use its own",)
+
+
+@pytest.mark.parametrize("name", ["one codebook", "text alone", "low rank, a schedule", "extra heads"])
+def test_through_a_native_checkpoint_and_back(name: str, tmp_path: Path) -> None:
+    values = TINY | HELD[name]
+    state = packed(make(values).state_dict())
+    source = save(tmp_path / "model", values, state)
+    convert(Conversion(source, tmp_path / "native", "moshi", "native", verify=False))
+    convert(Conversion(tmp_path / "native", tmp_path / "back", "native", "moshi"))
+    back = open_safetensors(tmp_path / "back")
+    assert back.keys() == state.keys() and all(torch.equal(back[key].read(), state[key]) for key in state)

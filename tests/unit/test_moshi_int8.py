@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,8 +14,10 @@ from one_rank import one_rank  # noqa: F401
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megaspeech.conversion.convert import Conversion, convert
 from megaspeech.conversion.moshi import moshi_files, open_moshi
 from megaspeech.conversion.stored import StoredModel
+from megaspeech.conversion.verify import rounded_tensors_agree
 from megaspeech.streaming.agreement import largest_difference
 from megaspeech.streaming.runtime import load_runtime
 
@@ -74,3 +77,17 @@ def test_the_runtime_takes_it(tmp_path: Path) -> None:
     opened = open_moshi(folder)
     # What moshi multiplies by them is rounded to eight bits too, and to FP16.
     assert largest_difference(native(opened), load_runtime(folder), streams=opened.config.streams) < 0.2
+
+
+def test_a_conversion_to_eight_bits_is_verified(tmp_path: Path) -> None:
+    state = {name: tensor.bfloat16() for name, tensor in packed(make(TINY).state_dict()).items()}
+    source = save(tmp_path / "exact", TINY, state)
+    report = convert(Conversion(source, tmp_path / "int8", "moshi", "moshi", int8=True))
+    assert "tensors read back, all within half a step of eight bits" in str(report.agreements[-1])
+    assert json.loads((tmp_path / "int8/config.json").read_text())["quantize"] is True
+    with pytest.raises(ValueError, match="--int8: is for --to moshi, not for --to native"):
+        convert(Conversion(source, tmp_path / "native", "moshi", "native", int8=True))
+    opened = open_moshi(source)
+    wrong = stored({name: one.read().float() * 1.02 for name, one in opened.weights.items()}, config=opened.config)
+    with pytest.raises(ValueError, match="is off by .* more than eight bits explain"):
+        rounded_tensors_agree(wrong, open_moshi(tmp_path / "int8"), path=tmp_path)
