@@ -35,7 +35,8 @@ def with_companions(model: StoredModel, *, tokenizer: Path | None, codec: Path |
     for option, path in (("--tokenizer", tokenizer), ("--codec", codec)):
         if path is not None and not path.exists():
             raise ValueError(f"{option}: there is no {path}")
-    found = Companions(tokenizer=tokenizer or model.companions.tokenizer, codec=codec or model.companions.codec)
+    known = model.companions
+    found = replace(known, tokenizer=tokenizer or known.tokenizer, codec=codec or known.codec)
     if found.tokenizer is not None:
         _check_size(found.tokenizer, model=model)
     return replace(model, companions=found)
@@ -67,7 +68,7 @@ def missing(model: StoredModel) -> list[str]:
         f"no {name} goes with the model ({key} = {value!r} is not here), and it cannot be run without: give --{name}"
         for name, path, key, value in (
             ("tokenizer", found.tokenizer, "data.tokenizer", config.data.tokenizer),
-            ("codec", found.codec, "codec.path", config.codec.path),
+            ("codec", found.codec or found.model_with_mimi, "codec.path", config.codec.path),
         )
         if path is None
     ]

@@ -209,12 +209,14 @@ def _seen(path: Path) -> list[Any]:
 class _NativeWriter:
     """Writes a checkpoint of ours."""
 
-    num_bytes_beside, notes = 0, ()
+    num_bytes_beside = 0
 
     def __init__(self, model: StoredModel, conversion: Conversion) -> None:
         self.model, self.conversion = model, conversion
         self.num_tensors = len(model.weights)
         self.num_bytes = sum(one.num_bytes for one in model.weights.values())
+        inside = model.companions.model_with_mimi
+        self.notes = [f"a checkpoint of ours holds no codec: the Mimi inside {inside} stays there"] if inside else []
 
     def write(self, folder: Aside, *, progress: Progress) -> Mapping[str, Checksum]:
         write_native(self.model, folder, manifest=companions.manifest(self.model), progress=progress)
@@ -231,14 +233,17 @@ class _Foreign:
         self.files = function(form.files)(model, **given)
         self.beside = companions.placed(model) if form.takes_companions else {}
         self.notes = [*self.files.notes, *(companions.missing(model) if form.takes_companions else [])]
-        self.num_tensors = len(self.files.weights)
-        self.num_bytes = sum(one.num_bytes for one in self.files.weights.values())
+        weights = [*self.files.weights.values()]
+        weights += [one for others in self.files.weights_beside.values() for one in others.values()]
+        self.num_tensors, self.num_bytes = len(weights), sum(one.num_bytes for one in weights)
         self.num_bytes_beside = companions.num_bytes(self.beside)
 
     def write(self, folder: Aside, *, progress: Progress) -> Mapping[str, Checksum]:
         weights: dict[str, Deferred] = self.files.weights
         size = self.conversion.max_shard_bytes
         written = write_safetensors(weights, folder, max_shard_bytes=size, progress=progress)
+        for name, others in self.files.weights_beside.items():
+            written |= write_safetensors(others, folder, name=name, progress=progress)
         for name, content in self.files.small_files.items():
             (folder.path / name).write_bytes(content)
         companions.copy(self.beside, folder.path)

@@ -21,12 +21,16 @@ from megaspeech.codecs.neural import NEEDS, import_transformers
 from megaspeech.codecs.weights import CONFIG_FILE, only_file
 from megaspeech.conversion.deferred import Deferred, Weights
 from megaspeech.conversion.layouts import Same, Tensors, halves_of_pairs, pairs_of_halves
-from megaspeech.conversion.mimi_config import from_runtime_config
+from megaspeech.conversion.mimi_config import from_runtime_config, to_runtime_config
 from megaspeech.conversion.rules import Rule, to_foreign, to_native
 from megaspeech.conversion.safetensors_files import open_safetensors
+from megaspeech.conversion.stored import ForeignFiles
 
 if TYPE_CHECKING:
     from transformers import MimiConfig
+
+KYUTAI_FILE = "tokenizer-mimi.safetensors"
+"""The name that a file in Kyutai's format is given."""
 
 LAYER = {
     "self_attn.out_proj.weight": "self_attn.o_proj.weight",
@@ -103,7 +107,7 @@ def open_mimi(path: str | Path, *, runtime_config: str | Path | None = None) -> 
     file = only_file(path, (KYUTAI_FILES,), codec="mimi", needs=KYUTAI_FILES) if path.is_dir() else path
     values = json.loads(Path(runtime_config).read_text(encoding="utf-8")) if runtime_config else None
     config = from_runtime_config(values, name=str(runtime_config))
-    table, weights = rules(config), _packed(open_safetensors(file))
+    table, weights = rules(config), packed(open_safetensors(file))
     _check_names(weights, {name for rule in table for name in rule.native}, file=file)
     return Mimi(config, to_foreign(weights, table))
 
@@ -138,7 +142,7 @@ def kyutai_weights(mimi: Mimi) -> dict[str, Deferred]:
     return to_native(mimi.weights, rules(mimi.config))
 
 
-def _packed(weights: Weights) -> dict[str, Deferred]:
+def packed(weights: Weights) -> dict[str, Deferred]:
     """The runtime's own names of attention as those of its files."""
     names = {"in_projs.0.weight": "in_proj_weight", "out_projs.0.weight": "out_proj.weight"}
     return {_replaced(name, names): one for name, one in weights.items()}
@@ -157,6 +161,19 @@ def _check_names(weights: Weights, names: set[str], *, file: Path) -> None:
                 f"{file}: {fault} tensor {min(odd)} ({len(odd)} such): it is no Mimi of its config's sizes; "
                 f"fetch it again, or give the config of its sizes"
             )
+
+
+def beside_the_runtime(mimi: Mimi) -> ForeignFiles:
+    """A Mimi as files that lie beside a model of the moshi runtime: Kyutai's file, which the runtime itself opens, or a
+    folder of transformers, which our tools open, where the sizes are not the published ones."""
+    try:
+        is_published = to_runtime_config(mimi.config) == to_runtime_config(from_runtime_config(None))
+    except ValueError:
+        is_published = False
+    if is_published:
+        return ForeignFiles({}, weights_beside={KYUTAI_FILE: kyutai_weights(mimi)})
+    config = mimi.config.to_json_string().encode()
+    return ForeignFiles({}, {"codec/config.json": config}, {"codec/model.safetensors": mimi.weights})
 
 
 def rules(config: MimiConfig) -> list[Rule]:

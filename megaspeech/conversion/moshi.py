@@ -18,6 +18,7 @@ from torch import Tensor
 from megaspeech.config import Config, as_toml, config_of, read_config
 from megaspeech.conversion.deferred import Deferred, Weights
 from megaspeech.conversion.layouts import Chain, GroupedQueries, Joined, Same, Stacked, Table, Unbound, Viewed
+from megaspeech.conversion.mimi_files import KYUTAI_FILE, beside_the_runtime, open_mimi
 from megaspeech.conversion.moshi_config import (
     CONFIG_FILE,
     LEGACY,
@@ -147,9 +148,14 @@ def moshi_files(model: StoredModel, *, int8: bool = False) -> ForeignFiles:
         values["tokenizer_name"] = TOKENIZER_FILE
     if model.companions.codec is not None and model.companions.codec.is_file():
         values["mimi_name"] = model.companions.codec.name
+    codec, inside = ForeignFiles({}), model.companions.model_with_mimi
+    if model.companions.codec is None and inside is not None:
+        codec = beside_the_runtime(open_mimi(inside))
+        values |= {"mimi_name": KYUTAI_FILE} if KYUTAI_FILE in codec.weights_beside else {}
     files = {CONFIG_FILE: json.dumps(values, indent=1).encode(), RUN_FILE: as_toml(model.config).encode()}
     weights = to_foreign(model.weights, rules(model.config))
-    return ForeignFiles(in_int8(weights) if int8 else weights, files)
+    weights = in_int8(weights) if int8 else weights
+    return ForeignFiles(weights, files | codec.small_files, codec.weights_beside)
 
 
 def open_moshi(path: str | Path, *, drop: Sequence[str] = (), lora: Path | None = None) -> StoredModel:

@@ -23,10 +23,12 @@ class Companions:
     Attributes:
         tokenizer: the sentencepiece model.
         codec: folder of the codec, or a Mimi in Kyutai's one file.
+        model_with_mimi: folder of transformers whose model has a Mimi inside, which goes where no codec is known.
     """
 
     tokenizer: Path | None = None
     codec: Path | None = None
+    model_with_mimi: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,11 @@ class ForeignFiles:
     Attributes:
         weights: by foreign name, for the safetensors file.
         small_files: the content of the others by name, such as config.json.
+        weights_beside: those of a codec, by the name of the safetensors file that they have for themselves.
         notes: a line for each thing that is left out.
     """
 
     weights: Weights
     small_files: dict[str, bytes] = field(default_factory=dict)
+    weights_beside: dict[str, Weights] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

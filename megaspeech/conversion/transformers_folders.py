@@ -82,14 +82,14 @@ def open_transformers(path: str | Path) -> StoredModel:
         sections["precision"] = {"recipe": recipe}
     config = _overlaid(known, sections, source=path)
     tokenizer = path / TOKENIZER_FILE
-    notes = [f"the Mimi inside {path} is not taken along; --codec {path} gives it to what is written"]
+    notes = []
     if (initial := config.streams.text_cardinality) != (found.bos_token_id or initial):  # as Kyutai's 2.6B has it
         notes.append(f"bos_token_id = {found.bos_token_id} is no text token; the native model starts with {initial}")
     if silence := extractor.get("audio_silence_prefix_seconds"):
         notes.append(f"audio_silence_prefix_seconds = {silence} is not kept: that much silence goes before the audio")
     if not tokenizer.is_file():
         notes.append(f"{path} holds no {TOKENIZER_FILE}, the sentencepiece model: name it by --tokenizer")
-    companions = Companions(tokenizer=tokenizer if tokenizer.is_file() else None)
+    companions = Companions(tokenizer=tokenizer if tokenizer.is_file() else None, model_with_mimi=path)
     return StoredModel(config, native, companions, tuple(notes))
 
 
@@ -166,7 +166,7 @@ def transformers_files(model: StoredModel) -> ForeignFiles:
 
 def _mimi(model: StoredModel) -> Mimi:
     """The Mimi that goes inside: all of it for a model that speaks, what a model hears of it for one that does not."""
-    path, streams = model.companions.codec, model.config.streams
+    path, streams = model.companions.codec or model.companions.model_with_mimi, model.config.streams
     if path is None:
         raise ValueError("no codec goes with the model, and transformers keeps a Mimi inside it: name it by --codec")
     mimi = open_mimi(path)

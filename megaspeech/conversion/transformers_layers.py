@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megaspeech.config import Config
+from megaspeech.config.schema import StreamsSection, TemporalSection
 from megaspeech.conversion.deferred import Weights
 from megaspeech.conversion.layouts import GroupedQueries, Same
 from megaspeech.conversion.mimi_files import Mimi
 from megaspeech.conversion.rules import Rule
-from megaspeech.conversion.text_config import unlike_moshis
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -54,6 +54,7 @@ def temporal_values(config: Config) -> dict[str, Any]:
         "num_hidden_layers": shape.num_layers,
         "num_attention_heads": shape.num_attention_heads,
         "num_key_value_heads": shape.num_query_groups,
+        "head_dim": shape.head_width,
         "ffn_dim": 2 * shape.ffn_hidden_size,
         # The cache holds so many frames; what is not cached, a whole sequence at once, sees all that came before.
         "sliding_window": shape.context,
@@ -73,41 +74,49 @@ def temporal_section(config: PretrainedConfig) -> dict[str, Any]:
     rope = config.rope_parameters
     if rope.get("rope_type", "default") != "default" or rope["rope_theta"] % 1:
         raise ValueError(f"rope_parameters = {rope}: only plain RoPE with a whole rope_theta is known")
+    shared = config.hidden_size // config.num_attention_heads
     return {
         **shape_section(config),
+        "kv_channels": None if config.head_dim == shared else config.head_dim,
+        "add_qkv_bias": False,
+        "qk_layernorm": False,
         "context": config.sliding_window,
         "num_extra_heads": 0,
         "rotary_base": int(rope["rope_theta"]),
     }
 
 
-def unknown_layers(config: Config) -> Iterator[str]:
-    """What a native model's layers over frames have and transformers' have not, a line each."""
-    if config.temporal.num_moe_experts is not None:
-        yield f"temporal.num_moe_experts: {config.temporal.num_moe_experts}, but transformers has no experts there"
-    yield from unlike_moshis(config.temporal)
+def refuse_unknown_layers(shape: TemporalSection) -> None:
+    """Raises ValueError where the layers over frames have what transformers' (and the moshi runtime's) have not."""
+    unknown = {"num_moe_experts": "experts", "add_qkv_bias": "biases", "qk_layernorm": "norms of queries and keys"}
+    for key, what in unknown.items():
+        if value := getattr(shape, key):
+            raise ValueError(f"temporal.{key}: {value}, but neither transformers' Moshi nor the runtime's has {what}")
 
 
-def unknown_codec(config: Config, *, mimi: Mimi, num_codebooks: int) -> Iterator[str]:
-    """In what a Mimi is not the codec that a native model knows, a line each; `num_codebooks` of it are used."""
-    if mimi.config.codebook_size != config.streams.cardinality:
-        yield f"streams.cardinality: {config.streams.cardinality}, but the Mimi has {mimi.config.codebook_size}"
-    if mimi.config.num_quantizers < num_codebooks:
-        yield f"streams: {num_codebooks} codebooks a speaker, but the Mimi has {mimi.config.num_quantizers}"
+def check_mimi(mimi: Mimi, *, streams: StreamsSection) -> None:
+    """Raises ValueError where a Mimi is not the codec of these streams."""
+    used = streams.num_codec_codebooks
+    if mimi.config.codebook_size != streams.cardinality:
+        fault = f"streams.cardinality: {streams.cardinality}, but the Mimi has {mimi.config.codebook_size}"
+    elif mimi.config.num_quantizers < used:
+        fault = f"streams: {used} codebooks a speaker, but the Mimi has {mimi.config.num_quantizers}"
+    else:
+        return
+    raise ValueError(f"{fault}; give the codec that the model was trained on by --codec, or {INSTEAD}")
 
 
 def shape_section(config: PretrainedConfig) -> dict[str, Any]:
     """What `[temporal]` and `[depth]` share, of transformers' config; raises ValueError as `temporal_section`."""
-    width, heads = config.hidden_size, config.num_attention_heads
-    expected = {"hidden_act": "silu", "head_dim": width // heads}
-    for key, value in expected.items():
-        if (found := getattr(config, key)) != value:
-            raise ValueError(f"{config.model_type}: {key} = {found!r}, but the native model only has {value!r}")
+    if config.hidden_act != "silu":
+        raise ValueError(
+            f"{config.model_type}: hidden_act = {config.hidden_act!r}, but the native model only has 'silu'"
+        )
     return {
         "num_layers": config.num_hidden_layers,
-        "hidden_size": width,
+        "hidden_size": config.hidden_size,
         "ffn_hidden_size": config.ffn_dim // 2,
-        "num_attention_heads": heads,
+        "num_attention_heads": config.num_attention_heads,
         "num_query_groups": config.num_key_value_heads,
     }
 

@@ -19,13 +19,13 @@ from megaspeech.conversion.mimi_files import Mimi
 from megaspeech.conversion.rules import Rule
 from megaspeech.conversion.transformers_layers import (
     INSTEAD,
+    check_mimi,
     one,
+    refuse_unknown_layers,
     shape_section,
     temporal_rules,
     temporal_section,
     temporal_values,
-    unknown_codec,
-    unknown_layers,
 )
 
 if TYPE_CHECKING:
@@ -123,8 +123,10 @@ def moshi_config(config: Config, *, mimi: Mimi, dtype: str) -> MoshiConfig:
     Raises:
         ValueError: the model has what transformers' Moshi has not; names the key and the remedy.
     """
-    for fault in _unknown_to_transformers(config, mimi=mimi):
+    refuse_unknown_layers(config.temporal)
+    for fault in _unknown_to_transformers(config):
         raise ValueError(f"{fault}; {INSTEAD}")
+    check_mimi(mimi, streams=config.streams)
     streams, depth = config.streams, config.depth
     return import_transformers().MoshiConfig(
         **temporal_values(config),
@@ -149,7 +151,7 @@ def moshi_config(config: Config, *, mimi: Mimi, dtype: str) -> MoshiConfig:
     )
 
 
-def _unknown_to_transformers(config: Config, *, mimi: Mimi) -> Iterator[str]:
+def _unknown_to_transformers(config: Config) -> Iterator[str]:
     """What a native model has and transformers' Moshi has not, a line each."""
     streams = config.streams
     if streams.num_codebooks < 2:
@@ -163,8 +165,6 @@ def _unknown_to_transformers(config: Config, *, mimi: Mimi) -> Iterator[str]:
         yield f"streams.delays: {list(streams.delays)}, but transformers' Moshi generates with {list(known)} alone"
     if config.depth.low_rank_embeddings is not None:
         yield f"depth.low_rank_embeddings: {config.depth.low_rank_embeddings}, but transformers' Moshi has whole tables"
-    yield from unknown_layers(config)
-    yield from unknown_codec(config, mimi=mimi, num_codebooks=streams.num_codebooks)
 
 
 def delays(num_codebooks: int) -> tuple[int, ...]:
@@ -203,6 +203,8 @@ def moshi_sections(config: MoshiConfig) -> dict[str, dict[str, Any]]:
         ValueError: transformers' config has what the native model has not; names key and value.
     """
     depth = config.depth_decoder_config
+    if depth.head_dim * depth.num_attention_heads != depth.hidden_size:
+        raise ValueError(f"depth_decoder_config.head_dim = {depth.head_dim}, but native depth heads share hidden_size")
     if depth.rms_norm_eps != config.rms_norm_eps:
         raise ValueError(
             f"rms_norm_eps = {config.rms_norm_eps} and {depth.rms_norm_eps} in depth_decoder_config, but the native "

@@ -19,11 +19,11 @@ from megaspeech.conversion.mimi_files import Mimi
 from megaspeech.conversion.rules import Rule
 from megaspeech.conversion.transformers_layers import (
     INSTEAD,
+    check_mimi,
+    refuse_unknown_layers,
     temporal_rules,
     temporal_section,
     temporal_values,
-    unknown_codec,
-    unknown_layers,
 )
 from megaspeech.model.embedding import padded_rows, used_rows
 
@@ -71,8 +71,10 @@ def stt_config(config: Config, *, mimi: Mimi, dtype: str) -> KyutaiSpeechToTextC
     Raises:
         ValueError: the model has what transformers' has not; names the key and the remedy.
     """
-    for fault in _unknown_to_transformers(config, mimi=mimi):
+    refuse_unknown_layers(config.temporal)
+    for fault in _unknown_to_transformers(config):
         raise ValueError(f"{fault}; {INSTEAD}")
+    check_mimi(mimi, streams=config.streams)
     streams = config.streams
     return import_transformers().KyutaiSpeechToTextConfig(
         **temporal_values(config),
@@ -89,14 +91,12 @@ def stt_config(config: Config, *, mimi: Mimi, dtype: str) -> KyutaiSpeechToTextC
     )
 
 
-def _unknown_to_transformers(config: Config, *, mimi: Mimi) -> Iterator[str]:
+def _unknown_to_transformers(config: Config) -> Iterator[str]:
     streams = config.streams
     if streams.num_given_codebooks < 2:
         yield f"streams.num_given_codebooks: {streams.num_given_codebooks}, but a Mimi in transformers has 2 or more"
     if any(streams.delays):
         yield f"streams.delays: {list(streams.delays)}, but transformers' speech to text has none"
-    yield from unknown_layers(config)
-    yield from unknown_codec(config, mimi=mimi, num_codebooks=streams.num_given_codebooks)
 
 
 def stt_generation(config: Config) -> GenerationConfig:

@@ -12,9 +12,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_codecs import save_small, small_model, sounds
 
-from megaspeech.conversion.deferred import Weights
+from megaspeech.conversion.deferred import Deferred, Weights
 from megaspeech.conversion.mimi_config import from_runtime_config, to_runtime_config
-from megaspeech.conversion.mimi_files import Mimi, first_codebooks, kyutai_weights, open_mimi, rules
+from megaspeech.conversion.mimi_files import (
+    KYUTAI_FILE,
+    Mimi,
+    beside_the_runtime,
+    first_codebooks,
+    kyutai_weights,
+    open_mimi,
+    packed,
+    rules,
+)
+from megaspeech.conversion.rules import to_foreign
 
 pytestmark = pytest.mark.skipif(
     find_spec("transformers") is None or find_spec("moshi") is None, reason="transformers or moshi is not installed"
@@ -79,9 +89,27 @@ def test_published_mimi_on_no_memory() -> None:
         state = import_moshi().loaders.get_mimi(None, num_codebooks=32, device="meta").state_dict()
     config = from_runtime_config(None)
     names = {name for rule in rules(config) for name in rule.native}
-    packed = {name.replace("in_projs.0.weight", "in_proj_weight").replace("out_projs.0", "out_proj") for name in state}
-    assert names == packed and len(names) == 318
+    assert names == packed({name: Deferred.of(x) for name, x in state.items()}).keys() and len(names) == 318
     assert to_runtime_config(config)["seanet"]["ratios"] == [8, 6, 5, 4]
+
+
+def test_beside_a_model_of_the_runtime(folder: Path) -> None:
+    """Kyutai's file where the sizes are the published ones, else a folder of transformers, all of it."""
+    from megaspeech.streaming.runtime import import_moshi
+
+    state = import_moshi().loaders.get_mimi(None, num_codebooks=32, device="meta").state_dict()
+    config = from_runtime_config(None)
+    published = Mimi(config, to_foreign(packed({name: Deferred.of(x) for name, x in state.items()}), rules(config)))
+    files = beside_the_runtime(published)
+    (name,) = files.weights_beside
+    assert name == KYUTAI_FILE and not files.small_files
+    shapes = {name: one.shape for name, one in packed({k: Deferred.of(x) for k, x in state.items()}).items()}
+    assert {name: one.shape for name, one in files.weights_beside[name].items()} == shapes
+
+    small = open_mimi(folder / "mimi")
+    files = beside_the_runtime(small)
+    assert json.loads(files.small_files["codec/config.json"])["codebook_size"] == 32
+    assert files.weights_beside["codec/model.safetensors"].keys() == small.weights.keys()
 
 
 def test_first_codebooks_are_the_same_codes(folder: Path, tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ from transformers_folders import (
 
 from megaspeech.config import Config
 from megaspeech.conversion.deferred import Deferred
-from megaspeech.conversion.moshi import open_moshi
+from megaspeech.conversion.mimi_files import open_mimi
+from megaspeech.conversion.moshi import moshi_files, open_moshi
 from megaspeech.conversion.native import check_native, native_shapes
 from megaspeech.conversion.rules import to_foreign, to_native
 from megaspeech.conversion.stored import Companions, StoredModel
@@ -111,6 +112,7 @@ VARIANTS: dict[str, list[str]] = {
     "shared sets of weights": ["depth.weights_per_step_schedule=[0, 1, 0, 1]", "depth.multi_linear=false"],
     "shared sets of inputs too": ["depth.weights_per_step_schedule=[0, 1, 1, 1]"],
     "another epsilon": ["model.layernorm_epsilon=0.01"],
+    "heads of a width of their own": ["temporal.kv_channels=24"],
     "bf16": ["precision.recipe=bf16"],
 }
 
@@ -262,7 +264,7 @@ def test_saved_by_transformers_itself(loaded: Any, tiny: Any, tmp_path: Path) ->
     assert unequal(model, back) == []
     for section in ("streams", "temporal", "depth"):
         assert getattr(back.config, section) == getattr(config, section)
-    assert back.companions == Companions() and "--tokenizer" in " ".join(back.notes)
+    assert back.companions == Companions(model_with_mimi=tmp_path) and "--tokenizer" in " ".join(back.notes)
 
 
 def test_around_by_moshi(tiny: Any, room: Path) -> None:
@@ -293,7 +295,15 @@ def test_seven_billion_on_no_memory(room: Path) -> None:
     again = to_foreign({name: Deferred.of(torch.empty(shape, device="meta")) for name, shape in native.items()}, rules)
     assert {name: one.shape for name, one in again.items()} == {name: tuple(x.shape) for name, x in language.items()}
     sections = moshi_sections(theirs)
-    assert sections["temporal"].items() >= config.temporal.model_dump(exclude_none=True).items() - {
-        ("num_extra_heads", 0), ("extra_heads_dim", 6), ("moe_router_topk", 2), ("moe_aux_loss_coeff", 0.01),
-        ("moe_token_dispatcher_type", "alltoall"),
-    }  # fmt: skip
+    for name in ("streams", "temporal", "depth"):
+        section = getattr(config, name)
+        assert sections[name] == {key: getattr(section, key) for key in sections[name]}
+
+
+def test_the_mimi_inside_goes_along_to_moshi(tiny: Any) -> None:
+    *_, folder = tiny
+    files = moshi_files(open_transformers(folder))
+    weights = files.weights_beside["codec/model.safetensors"]
+    assert weights.keys() == open_mimi(folder).weights.keys() and "codec/config.json" in files.small_files
+    given = replace(open_transformers(folder), companions=Companions(codec=folder, model_with_mimi=folder))
+    assert not moshi_files(given).weights_beside  # the user's own goes before it

@@ -45,7 +45,6 @@ def tiny(room: Path, one_rank: None) -> tuple[StoredModel, Path]:  # noqa: F811
         (["streams.delays=[1,0,1,1,1,0,1,1,1]"], "streams.delays"),
         (["depth.low_rank_embeddings=8"], "low_rank_embeddings: 8"),
         (["streams.cardinality=64"], "streams.cardinality: 64"),
-        (["temporal.num_moe_experts=4", "temporal.moe_ffn_hidden_size=88"], "num_moe_experts: 4"),
         (
             ["streams.num_codebooks=8", "streams.num_given_codebooks=8",
              f"streams.delays={[0, *[0, *[1] * 7] * 2]}"],
@@ -56,7 +55,24 @@ def tiny(room: Path, one_rank: None) -> tuple[StoredModel, Path]:  # noqa: F811
 def test_what_it_cannot_hold_is_refused(overrides: list[str], message: str, room: Path) -> None:
     config = make_config(room, *overrides)
     weights = {"text_head.weight": Deferred.of(torch.zeros(48, 64))}
-    with pytest.raises(ValueError, match=f"{message}.*; convert it to moshi instead".replace("[", r"\[")):
+    with pytest.raises(ValueError, match=f"{message}.*convert it to moshi instead".replace("[", r"\[")):
+        transformers_files(StoredModel(config, weights, companions(room)))
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("temporal.num_moe_experts=4", "num_moe_experts: 4.* has experts"),
+        ("temporal.add_qkv_bias=true", "add_qkv_bias: True.* has biases"),
+        ("temporal.qk_layernorm=true", "qk_layernorm: True.* has norms"),
+    ],
+)
+@pytest.mark.parametrize("num_codebooks", [4, 0])
+def test_layers_that_no_moshi_has_are_refused(override: str, message: str, num_codebooks: int, room: Path) -> None:
+    config = make_config(room, override, f"streams.num_codebooks={num_codebooks}",
+                         f"streams.delays={[0] * (5 + num_codebooks)}")  # fmt: skip
+    weights = {"text_head.weight": Deferred.of(torch.zeros(48, 64))}
+    with pytest.raises(ValueError, match=message):
         transformers_files(StoredModel(config, weights, companions(room)))
 
 
