@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megaspeech.config import Config
+from megaspeech.config.checks import EMBEDDING_ROWS_MULTIPLE
 from megaspeech.config.schema import TemporalSection, TransformerSection
 
 
@@ -25,6 +28,49 @@ def count_parameters(config: Config) -> dict[str, int]:
         + depth.num_layers * (codebooks * (_attention(depth) + _swiglu(depth)) + 2 * depth.hidden_size)
         + codebooks * depth.hidden_size * streams.cardinality,
     }
+
+
+def count_rank_parameters(
+    config: Config, *, num_layers: int, is_first: bool, is_last: bool
+) -> dict[str, int]:
+    """Parameters that one tensor parallel rank holds of a part of the model, by part, padding of the tables counted.
+
+    Matrices and tables are cut over the tensor parallel ranks; norms, routers and the depth transformer, whose frames
+    are shared out instead, are whole on each. "norms" are those of the temporal transformer.
+
+    Args:
+        num_layers: temporal layers of the part.
+        is_first: whether it has the embedding.
+        is_last: whether it has the last norm, the text head and the depth transformer.
+    """
+    streams, temporal, parallel = config.streams, config.temporal, config.parallel
+    tensor, width = parallel.tensor_model_parallel_size, temporal.hidden_size
+    counts = {"temporal": num_layers * (_attention(temporal) + _rank_feed_forward(config) * tensor) // tensor}
+    counts["norms"] = (2 * num_layers + is_last) * width
+    if is_first:
+        counts["embedding"] = _padded(streams.cardinalities) * width // tensor
+    if is_last:
+        counts["text_head"] = streams.text_cardinality * width // tensor
+        read = streams.cardinalities[: streams.num_codebooks]
+        padding = _padded(read) - sum(read) - len(read)
+        counts["depth"] = count_parameters(config)["depth"] + padding * config.depth.hidden_size
+    return counts
+
+
+def _rank_feed_forward(config: Config) -> int:
+    """Weights of one layer's feed-forward part on a rank: its share of the experts, and the router whole."""
+    temporal, parallel = config.temporal, config.parallel
+    if temporal.num_moe_experts is None:
+        return _swiglu(temporal) // parallel.tensor_model_parallel_size
+    expert = 3 * temporal.hidden_size * (temporal.moe_ffn_hidden_size or temporal.ffn_hidden_size)
+    own = temporal.num_moe_experts // parallel.expert_model_parallel_size
+    return temporal.num_moe_experts * temporal.hidden_size + own * expert // parallel.expert_tensor_size
+
+
+def _padded(cardinalities: Sequence[int]) -> int:
+    """Rows of a packed table, as `model.embedding.padded_rows` has them, which needs torch."""
+    rows = sum(cardinalities) + len(cardinalities)
+    return rows + -rows % EMBEDDING_ROWS_MULTIPLE
 
 
 def count_flops(config: Config, *, num_frames: int) -> dict[str, int]:
