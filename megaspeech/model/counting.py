@@ -80,10 +80,7 @@ def count_flops(config: Config, *, num_frames: int) -> dict[str, int]:
     (PaLM, arXiv 2204.02311, appendix B); lookups, norms and softmax are not. `num_frames` is the length of a sample.
     """
     streams, temporal, depth = config.streams, config.temporal, config.depth
-    growing = min(num_frames, temporal.context)  # frame t sees min(t + 1, context) frames, itself included
-    seen = (growing * (growing + 1) // 2 + (num_frames - growing) * temporal.context) / num_frames
     codebooks = streams.num_codebooks
-    temporal_matrices = _attention(temporal) + _feed_forward(temporal)[0]
     depth_matrices = (
         temporal.hidden_size * depth.hidden_size
         + depth.num_layers * (_attention(depth) + _swiglu(depth))
@@ -91,9 +88,22 @@ def count_flops(config: Config, *, num_frames: int) -> dict[str, int]:
     )
     depth_scores = depth.num_layers * 2 * depth.hidden_size * (codebooks + 1) / 2
     return {
-        "temporal": int(2 * temporal.num_layers * (temporal_matrices + 2 * temporal.hidden_size * seen)),
+        "temporal": int(temporal.num_layers * sum(count_layer_flops(config, num_frames=num_frames).values())),
         "text_head": 2 * streams.text_cardinality * temporal.hidden_size,
         "depth": int(2 * codebooks * (depth_matrices + depth_scores)),
+    }
+
+
+def count_layer_flops(config: Config, *, num_frames: int) -> dict[str, float]:
+    """Forward operations of one temporal layer and one frame, as `count_flops` counts them: the attention's
+    "projections", its "scores", and "feed_forward"."""
+    temporal = config.temporal
+    growing = min(num_frames, temporal.context)  # frame t sees min(t + 1, context) frames, itself included
+    seen = (growing * (growing + 1) // 2 + (num_frames - growing) * temporal.context) / num_frames
+    return {
+        "projections": 2 * _attention(temporal),
+        "scores": 4 * temporal.hidden_size * seen,
+        "feed_forward": 2 * _feed_forward(temporal)[0],
     }
 
 
