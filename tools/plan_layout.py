@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"plan_layout: {error}", file=sys.stderr)
         return 2
     plan_report.show_obvious(obvious(base, machine), console)
-    found = plans(base, machine)[: options.best]
+    found = plans(base, machine, most=options.best)
     if not found:
         print("plan_layout: no layout fits; take more GPUs, or fewer bits (docs/speed_and_memory.md)", file=sys.stderr)
         return 1
@@ -105,7 +105,7 @@ def _sweep(base: Config, options: argparse.Namespace, console: Console) -> None:
         table.add_column(name, justify="right")
     single = None
     for num_gpus in options.sweep:
-        found = plans(base, _machine(options, num_gpus=num_gpus))
+        found = plans(base, _machine(options, num_gpus=num_gpus), most=1)
         if not found:
             table.add_row(f"{num_gpus:,}", *["-"] * 5, "none fits, or the batch cannot be shared out")
             continue

@@ -11,7 +11,7 @@ from megaspeech.config import Config
 from megaspeech.config.checks import cross_section_faults
 from megaspeech.config.schema import SECTIONS
 from megaspeech.planning.activations import TRANSFORMER_ENGINE
-from megaspeech.planning.balance import balanced_pipeline
+from megaspeech.planning.balance import balanced_pipelines
 from megaspeech.planning.efficiency import MARGIN
 from megaspeech.planning.gpus import Gpu
 from megaspeech.planning.memory import StageMemory, stage_memory
@@ -76,34 +76,38 @@ class Plan:
         return words + (f", memory of stage {self.fullest.stage.index} {full:.0%}" if full > 0.85 else "")
 
 
-def plans(base: Config, machine: Machine) -> list[Plan]:
+def plans(base: Config, machine: Machine, *, most: int = 10) -> list[Plan]:
     """The layouts that fit, fastest first, one of each tensor, pipeline, context size and kind of data parallelism.
 
     Args:
         base: model, precision, optimizer, `data.num_frames` and `training.global_batch_size`; its layout is replaced.
         machine: what it is to run on.
+        most: layouts to find.
     """
+    bounds = [plan_of(config, machine, exact=False) for config in candidates(base, machine)]
+    fitting = [plan for plan in bounds if plan.fullest.total_gb <= MARGIN * machine.gpu.memory_gb]
     best: dict[tuple, Plan] = {}
-    for config in candidates(base, machine):
-        plan = plan_of(config, machine)
-        if plan.fullest.total_gb > MARGIN * machine.gpu.memory_gb:
-            continue
-        parallel = config.parallel
+    for bound in sorted(fitting, key=lambda plan: plan.time.seconds):
+        times = sorted(plan.time.seconds for plan in best.values())
+        if len(times) >= most and bound.time.seconds >= times[most - 1]:
+            break  # what follows takes longer even if no stage waits for another
+        plan, parallel = plan_of(bound.config, machine), bound.config.parallel
         key = (
             *(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size),
             *(parallel.context_parallel_size, parallel.data_parallel),
         )
         if key not in best or plan.time.seconds < best[key].time.seconds:
             best[key] = plan
-    return sorted(best.values(), key=lambda plan: plan.time.seconds)
+    return sorted(best.values(), key=lambda plan: plan.time.seconds)[:most]
 
 
-def plan_of(config: Config, machine: Machine) -> Plan:
-    """What a config takes on a machine, whether or not it fits."""
+def plan_of(config: Config, machine: Machine, *, exact: bool = True) -> Plan:
+    """What a config takes on a machine, whether or not it fits; `exact` as in `step_time`."""
     parallel = config.parallel
     sizes = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
     memory = stage_memory(config, data_parallel_size=machine.num_gpus // sizes, layer_kind=TRANSFORMER_ENGINE)
-    time = step_time(config, memory, gpu=machine.gpu, node=machine.node, num_gpus=machine.num_gpus)
+    gpus = {"gpu": machine.gpu, "node": machine.node, "num_gpus": machine.num_gpus}
+    time = step_time(config, memory, **gpus, exact=exact)
     return Plan(config, machine, tuple(memory), time)
 
 
@@ -140,15 +144,13 @@ def _layouts(
     sizes = {"tensor_model_parallel_size": tensor, "context_parallel_size": context, "data_parallel": kind}
     overlap = {"overlap_grad_reduce": kind == "ddp", "overlap_param_gather": kind == "ddp"}
     sizes |= overlap | {"sequence_parallel": tensor > 1, "tp_comm_overlap": tensor > 1}
-    pipeline = balanced_pipeline(
+    pipelines = balanced_pipelines(
         base.temporal.num_layers,
         num_stages=stages,
         num_chunks=chunks,
         last_load=_last_load(_with(base, micro=micro, **sizes), machine) if stages > 1 else 0.0,
     )
-    if pipeline is None:
-        return
-    for recompute in RECOMPUTE.values():
+    for pipeline, recompute in itertools.product(pipelines, RECOMPUTE.values()):
         config = _with(base, micro=micro, **sizes, **pipeline, **recompute)
         if is_valid(config, num_gpus=machine.num_gpus):
             yield config

@@ -14,6 +14,7 @@ from megaspeech.planning import efficiency
 from megaspeech.planning.gpus import Gpu
 from megaspeech.planning.memory import StageMemory
 from megaspeech.planning.nodes import Node, group_rate
+from megaspeech.planning.pipeline import least_seconds, pipeline_seconds
 
 
 @dataclass(frozen=True)
@@ -52,29 +53,41 @@ class StepTime:
         return audio_hours * frame_rate / self.frames_per_second
 
 
-def step_time(config: Config, memory: list[StageMemory], *, gpu: Gpu, node: Node, num_gpus: int) -> StepTime:
+def step_time(
+    config: Config, memory: list[StageMemory], *, gpu: Gpu, node: Node, num_gpus: int, exact: bool = True
+) -> StepTime:
     """Predict a step.
 
     Args:
         config: the run, with its layout.
         memory: its stages (`stage_memory`).
         gpu, node, num_gpus: the machine.
+        exact: whether to play the pipeline's schedule, or to take the least that it can last.
     """
     machine = _Machine(config, gpu, node, num_gpus)
-    parallel, training = config.parallel, config.training
+    training = config.training
     microbatches = training.global_batch_size // (training.micro_batch_size * machine.replicas)
     works = [_stage_seconds(machine, stage) for stage in memory]
-    each = [sum(work.values()) for work in works]
+    chunks = [_by_chunk(work, memory=stage) for work, stage in zip(works, memory, strict=True)]
+    each = [sum(seconds) for seconds in chunks]
     slowest, mean = max(each), sum(each) / len(each)
     parts = {part: microbatches * sum(work[part] for work in works) / len(works) for part in works[0]}
     parts["imbalance"] = microbatches * (slowest - mean)
-    parts["bubble"] = (sum(each) - slowest) / parallel.num_chunks
-    stages_after = [_after_backward(machine, stage, seconds) for stage, seconds in zip(memory, each, strict=True)]
-    worst = max(stages_after, key=lambda found: sum(found.values()))
-    parts |= worst | {"overhead": efficiency.STEP_OVERHEAD}
+    play = pipeline_seconds if exact else least_seconds
+    parts["bubble"] = play(chunks, num_microbatches=microbatches) - microbatches * slowest
+    after = [_after_backward(machine, stage, seconds) for stage, seconds in zip(memory, each, strict=True)]
+    parts |= max(after, key=lambda found: sum(found.values())) | {"overhead": efficiency.STEP_OVERHEAD}
     frames = training.global_batch_size * config.data.num_frames
     flops = 3.0 * sum(count_flops(config, num_frames=config.data.num_frames).values()) * frames
     return StepTime(parts, tuple(each), flops, gpu.bf16_tflops * 1e12, frames, num_gpus)
+
+
+def _by_chunk(work: dict[str, float], *, memory: StageMemory) -> list[float]:
+    """Seconds of each chunk of a stage: of its layers, and on the last of the heads."""
+    heads = work["text head"] + work["depth transformer"]
+    layer = (sum(work.values()) - heads) / max(1, memory.stage.num_layers)
+    seconds = [layers * layer for layers in memory.stage.chunks]
+    return [*seconds[:-1], seconds[-1] + heads]
 
 
 @dataclass(frozen=True)
