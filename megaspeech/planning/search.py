@@ -10,6 +10,7 @@ from typing import Any
 from megaspeech.config import Config
 from megaspeech.config.checks import cross_section_faults
 from megaspeech.config.schema import SECTIONS
+from megaspeech.data.batch import frame_multiple
 from megaspeech.planning.activations import TRANSFORMER_ENGINE
 from megaspeech.planning.balance import balanced_pipelines
 from megaspeech.planning.efficiency import MARGIN
@@ -157,10 +158,9 @@ def _layouts(
 
 
 def is_valid(config: Config, *, num_gpus: int) -> bool:
-    """Whether our own checks let it pass, and every rank gets frames that its products take."""
+    """Whether our own checks let it pass, and samples of `data.num_frames` need no padding for the layout."""
     parallel = config.parallel
-    cut = parallel.tensor_model_parallel_size * parallel.context_parallel_size * min(2, parallel.context_parallel_size)
-    if config.data.num_frames % (cut * config.precision.frame_multiple):
+    if config.data.num_frames % frame_multiple(config):
         return False
     shards = num_gpus // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
     if parallel.data_parallel != "ddp" and (config.temporal.hidden_size % shards or config.depth.hidden_size % shards):
