@@ -1,6 +1,6 @@
 """Plan a run before it is submitted: the layouts that fit, what they take, how fast they should be.
 
-    python tools/plan_layout.py --model 40b --gpus 256 --gpu h100-96gb --gpus-per-node 4 --global-batch 512 --frames 4096
+    python tools/plan_layout.py --model 40b --gpus 256 --gpu h100-96gb --gpus-per-node 4 --global-batch 512
 
 Memory is counted; times come of a model whose efficiencies are assumed until they are measured. Arguments
 section.field=value override the config (precision, optimizer, streams; the layout is what is looked for). --write DIR

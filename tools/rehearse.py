@@ -4,8 +4,8 @@
 
 The real modules, wrapper and pipeline schedule, with tensors that have shapes and no numbers: a rank of the 40B model
 takes a few hundred MB and less than a minute. Proven are shapes, what stages send each other, and that the ranks' parts
-make up one checkpoint; not what needs a GPU (FP8, TransformerEngine's layers, kernels), which is named. Returns 1 where a
-rank fails or ranks do not fit together, 2 for a fault of the config.
+make up one checkpoint; not what needs a GPU (FP8, TransformerEngine's layers, kernels), which is named. Returns 1 where
+a rank fails or ranks do not fit together, 2 for a fault of the config.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"rehearse: {error}", file=sys.stderr)
         return 2
     if config.parallel.data_parallel == "megatron_fsdp":
-        print('rehearse: parallel.data_parallel: "megatron_fsdp" needs a GPU; rehearse "ddp" or "fsdp2"', file=sys.stderr)
+        print('rehearse: parallel.data_parallel: "megatron_fsdp" needs a GPU; take "ddp" or "fsdp2"', file=sys.stderr)
         return 2
     warnings.filterwarnings("ignore")
     # After the arguments are known to be good: these take seconds.
@@ -38,7 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     for words in changes:
         print(f"note: {words}")
     ranks = ranks_of_a_replica(config, world_size=options.world_size)
-    print(f"{config.parallel.describe(options.world_size // _model_size(config))}: {len(ranks)} ranks differ", flush=True)
+    print(
+        f"{config.parallel.describe(options.world_size // _model_size(config))}: {len(ranks)} ranks differ", flush=True
+    )
     verdicts = []
     for rank in ranks:
         began = time.monotonic()
@@ -46,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         verdicts.append(verdict)
         print(_line(verdict, time.monotonic() - began), flush=True)
     failed = any(verdict.fault for verdict in verdicts)
-    faults = [] if failed else faults_between(verdicts, config=config)
+    faults = [] if failed else faults_between(verdicts, config=config, world_size=options.world_size)
     for fault in faults:
         print(fault)
     if not failed and not faults:

@@ -30,9 +30,7 @@ def count_parameters(config: Config) -> dict[str, int]:
     }
 
 
-def count_rank_parameters(
-    config: Config, *, num_layers: int, is_first: bool, is_last: bool
-) -> dict[str, int]:
+def count_rank_parameters(config: Config, *, num_layers: int, is_first: bool, is_last: bool) -> dict[str, int]:
     """Parameters that one tensor parallel rank holds of a part of the model, by part, padding of the tables counted.
 
     Matrices and tables are cut over the tensor parallel ranks; norms, routers and the depth transformer, whose frames

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer import get_megatron_optimizer
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megaspeech.config import Config
@@ -39,23 +40,45 @@ def _no_fork(*_: object, **__: object) -> Any:
     return contextlib.nullcontext()
 
 
+def _converted(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None and parameter.dtype != dtype:
+                owner._parameters[name] = torch.nn.Parameter(parameter.detach().to(dtype))
+                vars(owner._parameters[name]).update(vars(parameter))
+    return module
+
+
+def _real_mesh(*arguments: Any, **options: Any) -> DeviceMesh:
+    with unset_fake_temporarily():
+        return MESH_OF_GROUP(*arguments, **options)
+
+
 def _all_places(kept_TB: torch.Tensor) -> torch.Tensor:
     return torch.arange(kept_TB.numel())
 
 
-REPLACEMENTS: tuple[tuple[str, Callable, str], ...] = (
+MESH_OF_GROUP = DeviceMesh.from_group
+REPLACEMENTS: tuple[tuple[str, Any, str], ...] = (
     ("torch.get_rng_state", _nothing, "random states are numbers, which fake tensors have not"),
     ("torch.set_rng_state", _nothing, "likewise"),
     ("torch.cuda.get_rng_state", _nothing, "likewise"),
     ("megatron.core.tensor_parallel.random._get_cuda_rng_state", _nothing, "likewise"),
     ("megatron.core.tensor_parallel.random._set_cuda_rng_state", _nothing, "likewise"),
     ("megatron.core.tensor_parallel.random.CudaRNGStatesTracker.fork", _no_fork, "likewise"),
-    ("torch.nn.Module.bfloat16", lambda module: module, "swaps parameters, which are in BF16 from the start"),
+    (
+        "torch.nn.Module.bfloat16",
+        functools.partialmethod(_converted, torch.bfloat16),
+        "torch cannot swap fake parameters",
+    ),
+    ("torch.nn.Module.to", lambda module, *_, **__: module, "likewise; everything is where it is to be"),
+    ("torch.nn.Module.float", functools.partialmethod(_converted, torch.float32), "likewise"),
     (
         "megaspeech.parallel.optimizer.get_megatron_optimizer",
         functools.partial(get_megatron_optimizer, use_gloo_process_groups=False),
         "there are no groups of gloo beside the fake ones",
     ),
+    ("torch.distributed.device_mesh.DeviceMesh.from_group", _real_mesh, "reads ranks out of a tensor"),
     ("torch.distributed.all_gather_object", _answer_alone, "reads lengths out of tensors"),
     (
         "megatron.core.distributed.param_and_grad_buffer._coalescing_manager",

@@ -41,18 +41,23 @@ def working_bytes(config: Config, *, is_last: bool, layer_kind: str) -> int:
     """Bytes that a backward pass needs beside what the forward pass kept, at its worst moment.
 
     What is recomputed of the layer at hand, and the gradients of its widest products; on the last stage the logits of
-    the text, of all tensor parallel ranks where the prediction is looked up, or a layer of the depth transformer.
+    the text, of all tensor parallel ranks where the prediction is looked up, or a layer of the depth transformer with
+    the gradient of its widest matrices.
     """
     frames, _ = _frames(config)
     tensor = config.parallel.tensor_model_parallel_size
     recomputed = _whole_layer(config, layer_kind=layer_kind) - _kept_of_layer(config, layer_kind=layer_kind)
     shape = config.temporal
     layer = recomputed + 2 * frames * (3 * shape.ffn_hidden_size // tensor + 2 * shape.hidden_size)
+    if layer_kind == LOCAL:  # the widest matrix's gradient, which TransformerEngine adds straight to DDP's
+        layer += 2 * shape.hidden_size * 2 * shape.ffn_hidden_size // tensor
     if not is_last:
         return layer
-    text = frames * config.streams.text_cardinality * (2 + 8 / tensor)
+    vocabulary = config.streams.text_cardinality
+    text = frames * vocabulary * (2 + 8 / tensor) + 2 * vocabulary * shape.hidden_size // tensor
     per_place = 2 * 3 * config.depth.ffn_hidden_size + 2 * 2 * config.depth.hidden_size
     depth = _places(config) * per_place
+    depth += 2 * config.streams.num_codebooks * config.depth.hidden_size * 2 * config.depth.ffn_hidden_size
     if config.parallel.recompute_granularity == "full":
         depth += _places(config) * _depth_layer(config)
     return int(max(layer, text, depth))
@@ -79,7 +84,9 @@ def _kept_of_layer(config: Config, *, layer_kind: str) -> int:
 def _whole_layer(config: Config, *, layer_kind: str) -> int:
     frames, shared = _frames(config)
     by_norms = 2 * _NORM[layer_kind](config) * shared
-    return by_norms + (_attention(config, layer_kind=layer_kind) + _feed_forward(config, layer_kind=layer_kind)) * frames
+    return (
+        by_norms + (_attention(config, layer_kind=layer_kind) + _feed_forward(config, layer_kind=layer_kind)) * frames
+    )
 
 
 def _bytes_of_input(config: Config) -> int:
@@ -128,7 +135,7 @@ def _places(config: Config) -> int:
 
 
 def _depth_layer(config: Config) -> int:
-    """Bytes of a place and a depth layer: two norms in FP32 and their outputs, attention's in- and outputs, SwiGLU's."""
+    """Bytes of a place and a depth layer: two norms in FP32 and their outputs, attention's tensors, SwiGLU's."""
     shape = config.depth
     key_value = shape.hidden_size * shape.num_query_groups // shape.num_attention_heads
     attention = 2 * (2 * shape.hidden_size + 2 * key_value) + 4 * shape.num_attention_heads

@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-def balanced_pipelines(
-    num_layers: int, *, num_stages: int, num_chunks: int, last_load: float
-) -> list[dict[str, Any]]:
+def balanced_pipelines(num_layers: int, *, num_stages: int, num_chunks: int, last_load: float) -> list[dict[str, Any]]:
     """Keys of `parallel` for pipelines worth a try: stages as even as can be, and under interleaving chunks, too.
 
     A pipeline in which some chunk had no layer is left out.
@@ -44,9 +42,7 @@ def _dealt(num_layers: int, *, num_places: int, last_load: float) -> list[int]:
 def _by_stage(num_layers: int, *, num_stages: int, num_chunks: int, last_load: float) -> list[list[int]]:
     """Layers of each chunk of each stage, whole stages balanced; a stage's later chunks are the smaller ones."""
     stages = _dealt(num_layers, num_places=num_stages, last_load=last_load)
-    return [
-        [layers // num_chunks + (chunk < layers % num_chunks) for chunk in range(num_chunks)] for layers in stages
-    ]
+    return [[layers // num_chunks + (chunk < layers % num_chunks) for chunk in range(num_chunks)] for layers in stages]
 
 
 def _keys(stages: list[list[int]]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 None is measured by this project yet: they are *assumed*, fitted so that the published tables of
 `tests/unit/test_published_speed.py` come out within 15%: Megatron-LM's of H100s in BF16 (README of NVIDIA/Megatron-LM,
-images/model_table.png, 2024), and NeMo's of H100s in FP8 (docs/source/performance/performance_summary.md of NeMo 24.07).
+images/model_table.png, 2024), and NeMo 24.07's of H100s in FP8 (its docs/source/performance/performance_summary.md).
 `docs/measurements/` is to replace them.
 """
 

@@ -13,8 +13,8 @@ class Gpu:
     """One kind of GPU.
 
     `device_name` is what torch reports of it. Rates are in TFLOP/s, bandwidth in GB/s and memory in GB of 10^9 bytes;
-    None where the chip has no such products, or no source was found. `key` is what commands call it; `nvlink` is in GB/s
-    in each direction, all links together, and `watts` the most that the board takes, both of the same data sheets.
+    None where the chip has no such products, or no source was found. `key` is what commands call it; `nvlink` is in
+    GB/s in each direction, all links together, and `watts` the most that the board takes, both of the same data sheets.
     """
 
     name: str
@@ -30,7 +30,18 @@ class Gpu:
 
 
 GPUS = (
-    Gpu("A100 SXM 80 GB", "NVIDIA A100-SXM4-80GB", 312.0, None, 2039.0, 80.0, "NVIDIA A100 data sheet, 2021", "a100", 300, 400),
+    Gpu(
+        "A100 SXM 80 GB",
+        "NVIDIA A100-SXM4-80GB",
+        312.0,
+        None,
+        2039.0,
+        80.0,
+        "NVIDIA A100 data sheet, 2021",
+        "a100",
+        300,
+        400,
+    ),
     Gpu(
         *("H100 SXM 80 GB", "NVIDIA H100 80GB HBM3", 989.4, 1978.9, 3350.0, 80.0),
         *("NVIDIA H100 white paper, 2022, table 2", "h100-80gb", 450, 700),

@@ -83,14 +83,17 @@ def stage_memory(config: Config, *, data_parallel_size: int, layer_kind: str) ->
     for stage in stages_of(config):
         chunks = [_chunk_parameters(config, stage, chunk) for chunk in range(len(stage.chunks))]
         saved = [
-            stage.in_flight(chunk, num_microbatches=microbatches)
-            * sum(saved_bytes(config, num_layers=layers, **_ends(stage, chunk), layer_kind=layer_kind).values())
+            sum(saved_bytes(config, num_layers=layers, **_ends(stage, chunk), layer_kind=layer_kind).values())
             for chunk, layers in enumerate(stage.chunks)
         ]
+        held = [size * stage.in_flight(chunk, num_microbatches=microbatches) for chunk, size in enumerate(saved)]
         working = working_bytes(config, is_last=stage.is_last, layer_kind=layer_kind)
+        # The gradient of the embedding's table comes when nothing else is left of its microbatch.
+        table = BYTES[config.precision.params_dtype] * chunks[0].get("embedding", 0)
+        working = max(working, table - saved[0])
         state = rank_state_bytes(config, chunks, num_shards=shards)
         parameters = {part: sum(chunk.get(part, 0) for chunk in chunks) for part in chunks[0] | chunks[-1]}
-        found.append(StageMemory(stage, parameters, state, sum(saved), working))
+        found.append(StageMemory(stage, parameters, state, sum(held), working))
     return found
 
 

@@ -19,7 +19,9 @@ class Node:
 
 
 NODES = (
-    Node("8 GPUs, 400 Gb/s each", 8, 50.0, "NVIDIA DGX H100 data sheet, 2023: 8 ConnectX-7 of 400 Gb/s; DGX B200 alike"),
+    Node(
+        "8 GPUs, 400 Gb/s each", 8, 50.0, "NVIDIA DGX H100 data sheet, 2023: 8 ConnectX-7 of 400 Gb/s; DGX B200 alike"
+    ),
     Node("TSUBAME4.0: 4 GPUs, NDR200 each", 4, 25.0, "TSUBAME4.0 hardware: 4 x InfiniBand NDR200"),
 )
 

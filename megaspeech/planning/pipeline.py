@@ -1,7 +1,7 @@
 """How long a pipeline takes when its stages are uneven: megatron-core's schedules, event by event.
 
-With the depth transformer on the last chunk no formula holds: an interleaved schedule lets stages run ahead of each other
-by a few microbatches, no more. Orders are those of `schedules.py` of megatron-core 0.16.1.
+With the depth transformer on the last chunk no formula holds: an interleaved schedule lets stages run ahead of each
+other by a few microbatches, no more. Orders are those of `schedules.py` of megatron-core 0.16.1.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def pipeline_seconds(seconds: Seconds, *, num_microbatches: int) -> float:
 
 
 def least_seconds(seconds: Seconds, *, num_microbatches: int) -> float:
-    """No schedule of these stages takes less: the slowest works all the time but while the pipeline fills and drains."""
-    works = [sum(chunks) for chunks in seconds]
-    fill = sum(sorted(min(chunks) for chunks in seconds)[:-1])
-    return num_microbatches * max(works) + fill
+    """No schedule of these stages takes less: each works through all microbatches, after the first has come through the
+    stages before it, and before the last has gone back through them."""
+    works = [num_microbatches * sum(chunks) for chunks in seconds]
+    return max(work + sum(chunks[0] for chunks in seconds[:stage]) for stage, work in enumerate(works))
 
 
 def _play(seconds: Seconds, *, num_microbatches: int) -> float:
@@ -72,7 +72,7 @@ def _needed(backward: bool, stage: int, chunk: int, stages: int, chunks: int) ->
 
 
 def _order(stage: int, stages: int, chunks: int, microbatches: int) -> Iterator[tuple[bool, int, int]]:
-    """(backward, chunk, microbatch) of a stage, in turn: so many forward, then one forward and one back, then the rest."""
+    """(backward, chunk, microbatch) of a stage, in turn: some forward, then one forward and one back, then the rest."""
     total = microbatches * chunks
     ahead = stages - stage - 1 if chunks == 1 else 2 * (stages - stage - 1) + (chunks - 1) * stages
     ahead = min(ahead, total)

@@ -1,7 +1,7 @@
 """A run of many ranks rehearsed on one machine: each rank of a replica, one after the other, as a fake rank.
 
-Each builds its stage, wraps it, and runs a step's forward and backward passes through megatron-core's schedule. Then what
-the ranks found is held together: a stage must send what the next one waits for, and the ranks' parts must make up the
+Each builds its stage, wraps it, and runs a step's forward and backward passes through megatron-core's schedule. Then
+what the ranks found is held together: a stage must send what the next one waits for, and the ranks' parts must make up the
 checkpoint of one model.
 """
 
@@ -15,15 +15,15 @@ from typing import Any
 from unittest import mock
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
 from megatron.core.pipeline_parallel import p2p_communication
+from torch.distributed.tensor import DTensor
 
 from megaspeech.checkpoint.state import model_state
 from megaspeech.config import Config
-from megaspeech.data.batch import frame_multiple
 from megaspeech.config.computation import ParallelSection
+from megaspeech.data.batch import frame_multiple
 from megaspeech.model.counting import count_rank_parameters
 from megaspeech.model.speech_text_model import SpeechTextModel
 from megaspeech.parallel.fake_ranks import fake_rank
@@ -100,7 +100,7 @@ def rehearse(config: Config, *, world_size: int, rank: int) -> RankVerdict:
     try:
         with fake_rank(config, rank=rank, world_size=world_size) as grid:
             wrapped = wrap(config, num_chunks=grid.num_chunks, build=_builder(config), initialise=lambda model: None)
-            verdict.parameters = sum(parameter.numel() for model in wrapped.models for parameter in model.parameters())
+            verdict.parameters = sum(_local(each).numel() for model in wrapped.models for each in model.parameters())
             verdict.parts = _parts(wrapped)
             _run_step(wrapped, verdict, replicas=grid.dp_size)
             wrapped.release()
@@ -122,9 +122,9 @@ def _run_step(wrapped: Wrapped, verdict: RankVerdict, *, replicas: int) -> None:
     config = wrapped.config
     training, stages = config.training, config.parallel.pipeline_model_parallel_size
     number = min(training.global_batch_size // (training.micro_batch_size * replicas), 2 * stages)
-    buffers = [buffer for chunk in wrapped.chunks for buffer in getattr(chunk, "buffers", ()) if not callable(buffer)]
-    known = [parameter for chunk in wrapped.chunks for parameter in chunk.parameters()]
-    known += [buffer.grad_data for buffer in buffers if hasattr(buffer, "grad_data")]
+    known = [_local(parameter) for chunk in wrapped.chunks for parameter in chunk.parameters()]
+    if config.parallel.data_parallel == "ddp":
+        known += [buffer.grad_data for chunk in wrapped.chunks for buffer in chunk.buffers]
     verdict.state_gb = sum({id(x): x.nbytes for x in known}.values()) / 1e9
     with _listening(verdict), LiveBytes(known) as live:
         run_microbatches(
@@ -136,6 +136,10 @@ def _run_step(wrapped: Wrapped, verdict: RankVerdict, *, replicas: int) -> None:
             forward_only=False,
         )
     verdict.peak_gb = live.peak / 1e9
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def _forward_step(batches: Iterator[Any], model: torch.nn.Module) -> tuple[Any, Any]:
@@ -174,9 +178,13 @@ def _parts(wrapped: Wrapped) -> dict[tuple[str, tuple[int, ...]], set]:
     return found
 
 
-def faults_between(verdicts: Sequence[RankVerdict], *, config: Config) -> list[str]:
+def faults_between(verdicts: Sequence[RankVerdict], *, config: Config, world_size: int) -> list[str]:
     """What does not fit together, one line each, of a whole replica's ranks that ran."""
-    return [*_faults_of_sends(verdicts, chunks=config.parallel.num_chunks), *_faults_of_parts(verdicts, config)]
+    parallel = config.parallel
+    model_size = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    shards = 1 if parallel.data_parallel == "ddp" else world_size // model_size  # FSDP's, all alike
+    sends = _faults_of_sends(verdicts, chunks=parallel.num_chunks)
+    return [*sends, *_faults_of_parts(verdicts, config, shards=shards)]
 
 
 def _faults_of_sends(verdicts: Sequence[RankVerdict], *, chunks: int) -> Iterator[str]:
@@ -194,14 +202,14 @@ def _faults_of_sends(verdicts: Sequence[RankVerdict], *, chunks: int) -> Iterato
                 yield f"stage {stage}, rank {verdict.rank} {words}: {sorted(ours)}, {sorted(theirs)}"
 
 
-def _faults_of_parts(verdicts: Sequence[RankVerdict], config: Config) -> Iterator[str]:
+def _faults_of_parts(verdicts: Sequence[RankVerdict], config: Config, *, shards: int) -> Iterator[str]:
     """Parts of a tensor must be as many numbers as it has, and all tensors the model's parameters."""
     together: dict[tuple[str, tuple[int, ...]], set] = {}
     for verdict in verdicts:
         for place, parts in verdict.parts.items():
             together.setdefault(place, set()).update(parts)
     for (key, shape), parts in together.items():
-        held = sum(math.prod(local) for _, local in parts)
+        held = shards * sum(math.prod(local) for _, local in parts)
         if held != math.prod(shape):
             yield f"checkpoint: {key} of {shape} has {math.prod(shape):,} numbers, the ranks hold {held:,}"
     alone = config.model_copy(update={"parallel": ParallelSection()})

@@ -62,7 +62,7 @@ class Plan:
 
     @property
     def recompute(self) -> str:
-        """"none", "mlp" or "full"."""
+        """ "none", "mlp" or "full"."""
         parallel = self.config.parallel
         return {None: "none", "selective": "mlp", "full": "full"}[parallel.recompute_granularity]
 
@@ -183,5 +183,7 @@ def _last_load(config: Config, machine: Machine) -> float:
     plan = plan_of(config, Machine(machine.gpu, machine.node, ranks))
     parts, layers = plan.time.parts, config.temporal.num_layers
     heads = parts["text head"] + parts["depth transformer"]
-    layer = (parts["temporal products"] + parts["attention"] + parts["norms, SwiGLU"] + parts["tensor parallel"]) / layers
+    layer = (
+        parts["temporal products"] + parts["attention"] + parts["norms, SwiGLU"] + parts["tensor parallel"]
+    ) / layers
     return heads / layer
