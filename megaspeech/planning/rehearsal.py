@@ -1,8 +1,8 @@
 """A run of many ranks rehearsed on one machine: each rank of a replica, one after the other, as a fake rank.
 
 Each builds its stage, wraps it, and runs a step's forward and backward passes through megatron-core's schedule. Then
-what the ranks found is held together: a stage must send what the next one waits for, and the ranks' parts must make up the
-checkpoint of one model.
+what the ranks found is held together: a stage must send what the next one waits for, and the ranks' parts must make up
+the checkpoint of one model.
 """
 
 from __future__ import annotations

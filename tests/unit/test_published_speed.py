@@ -16,8 +16,8 @@ from megaspeech.planning.step_time import StepTime, step_time
 
 H100 = next(gpu for gpu in GPUS if gpu.key == "h100-80gb")
 
-# heads, hidden, layers, tp, pp, gpus, batch, TFLOP/s of a GPU. README of NVIDIA/Megatron-LM, images/model_table.png as
-# of commit 937571cfd4 (2024): H100s, BF16, 4,096 tokens, a vocabulary of 131,072, all communication overlapped.
+# heads, hidden, layers, tp, pp, gpus, batch, TFLOP/s of a GPU. README of NVIDIA/Megatron-LM, images/model_table.png of
+# commit 937571cfd4 (2024): H100s, BF16, 4,096 tokens, a vocabulary of 131,072, all communication overlapped.
 MEGATRON = {
     "1.7B": (16, 2048, 24, 1, 1, 48, 192, 408.8),
     "7.1B": (32, 4096, 30, 2, 1, 96, 192, 465.9),
@@ -65,8 +65,8 @@ def layout(tp: int, pp: int, chunks: int, **more) -> dict[str, object]:
 
 @pytest.mark.parametrize("name", MEGATRON)
 def test_megatron_on_h100s(name: str, tmp_path: Path) -> None:
-    """The table tells neither microbatch nor virtual stages: one sequence with a pipeline and as many stages as leave
-    two layers or one prime number of them each, and without one all four sequences of a rank at once are assumed here."""
+    """The table tells neither microbatch nor virtual stages. Assumed are: without a pipeline all four sequences of a
+    rank at once, else one, and as many virtual stages as leave two layers each, or one of an odd number of layers."""
     heads, hidden, layers, tp, pp, gpus, batch, expected = MEGATRON[name]
     each = layers // pp
     chunks = 1 if pp == 1 else each // 2 if each % 2 == 0 else each
@@ -85,8 +85,8 @@ def test_megatron_on_h100s(name: str, tmp_path: Path) -> None:
     assert flops / found.seconds / gpus / 1e12 == pytest.approx(expected, rel=0.15)
 
 
-# heads, groups, hidden, gate, layers, vocabulary, tokens, tp, pp, virtual, cp, micro, batch, gpus, tokens/s of a GPU.
-# NeMo 24.07's docs/source/performance/performance_summary.md: DGX H100, FP8; the models' shapes are those of their papers.
+# heads, groups, hidden, gate, layers, vocabulary, tokens, tp, pp, virtual, cp, micro, batch, gpus, tokens/s of a GPU;
+# NeMo 24.07's docs/source/performance/performance_summary.md: DGX H100, FP8; shapes are those of the models' papers.
 NEMO = {
     "GPT3 175B": (96, 96, 12288, 32768, 96, 51200, 2048, 4, 8, 6, 1, 1, 256, 128, 716),
     "Llama 2 7B": (32, 32, 4096, 11008, 32, 32000, 4096, 1, 1, 1, 1, 1, 128, 8, 16934),
