@@ -25,8 +25,8 @@ HEAD = """\
 # What a stage takes: planned, and in the flesh
 
 Written by `python tools/measure_stages.py`. Each stage's real modules, wrapped in DDP with the distributed optimizer,
-as a rank of tensor x pipeline x 8 replicas, without a GPU. State: bytes of weights, gradients and main weights, as their
-buffers are. Activations: all storages that the graph of one microbatch of 4,096 frames holds. Local layers, BF16,
+as a rank of tensor x pipeline x 8 replicas, without a GPU. State: bytes of weights, gradients and main weights, as
+their buffers are. Activations: all storages that the graph of one microbatch of 4,096 frames holds. Local layers, BF16,
 sequence parallelism. Of TransformerEngine's layers, and of a GPU's `max_memory_allocated`, nothing is measured yet.
 
 | model | tensor x pipeline | recomputed | stage | parameters | state, GB | as planned | activations, GB | planned |
