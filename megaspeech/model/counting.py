@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megaspeech.config import Config
+from megaspeech.config.checks import EMBEDDING_ROWS_MULTIPLE
 from megaspeech.config.schema import TemporalSection, TransformerSection
 
 
@@ -14,8 +17,7 @@ def count_parameters(config: Config) -> dict[str, int]:
     where there are any.
     """
     streams, temporal = config.streams, config.temporal
-    layer = _attention(temporal) + _attention_vectors(temporal) + sum(_feed_forward(temporal))
-    layer += 2 * temporal.hidden_size
+    layer = _attention(temporal) + _attention_biases(temporal) + sum(_feed_forward(temporal)) + _norms(temporal)
     parts = {
         "embedding": (sum(streams.cardinalities) + streams.num_streams) * temporal.hidden_size,
         "temporal": temporal.num_layers * layer + temporal.hidden_size,
@@ -36,6 +38,49 @@ def _depth(config: Config) -> int:
     return inputs + embeddings + shape.num_layers * layer + codebooks * shape.hidden_size * config.streams.cardinality
 
 
+def count_rank_parameters(config: Config, *, num_layers: int, is_first: bool, is_last: bool) -> dict[str, int]:
+    """Parameters that one tensor parallel rank holds of a part of the model, by part, padding of the tables counted.
+
+    Matrices and tables are cut over the tensor parallel ranks; norms, routers and the depth transformer, whose frames
+    are shared out instead, are whole on each. "norms" are those of the temporal transformer.
+
+    Args:
+        num_layers: temporal layers of the part.
+        is_first: whether it has the embedding.
+        is_last: whether it has the last norm, the text head and the depth transformer.
+    """
+    streams, temporal, parallel = config.streams, config.temporal, config.parallel
+    tensor, width = parallel.tensor_model_parallel_size, temporal.hidden_size
+    attention = (_attention(temporal) + _attention_biases(temporal)) // tensor
+    counts = {"temporal": num_layers * (attention + _rank_feed_forward(config))}
+    counts["norms"] = num_layers * _norms(temporal) + is_last * width
+    if is_first:
+        counts["embedding"] = _padded(streams.cardinalities) * width // tensor
+    if is_last:
+        counts["text_head"] = streams.text_cardinality * width // tensor
+    if is_last and streams.num_codebooks:
+        read = streams.cardinalities[: streams.num_codebooks]
+        padding = _padded(read) - sum(read) - len(read)
+        counts["depth"] = _depth(config) + padding * (config.depth.low_rank_embeddings or config.depth.hidden_size)
+    return counts
+
+
+def _rank_feed_forward(config: Config) -> int:
+    """Weights of one layer's feed-forward part on a rank: its share of the experts, and the router whole."""
+    temporal, parallel = config.temporal, config.parallel
+    if temporal.num_moe_experts is None:
+        return _swiglu(temporal) // parallel.tensor_model_parallel_size
+    expert = 3 * temporal.hidden_size * (temporal.moe_ffn_hidden_size or temporal.ffn_hidden_size)
+    own = temporal.num_moe_experts // parallel.expert_model_parallel_size
+    return temporal.num_moe_experts * temporal.hidden_size + own * expert // parallel.expert_tensor_size
+
+
+def _padded(cardinalities: Sequence[int]) -> int:
+    """Rows of a packed table, as `model.embedding.padded_rows` has them, which needs torch."""
+    rows = sum(cardinalities) + len(cardinalities)
+    return rows + -rows % EMBEDDING_ROWS_MULTIPLE
+
+
 def count_flops(config: Config, *, num_frames: int) -> dict[str, int]:
     """Forward floating point operations of one frame by part; forward and backward cost three times as much.
 
@@ -43,20 +88,29 @@ def count_flops(config: Config, *, num_frames: int) -> dict[str, int]:
     (PaLM, arXiv 2204.02311, appendix B); lookups, norms and softmax are not. `num_frames` is the length of a sample.
     """
     streams, temporal, depth = config.streams, config.temporal, config.depth
-    growing = min(num_frames, temporal.context)  # frame t sees min(t + 1, context) frames, itself included
-    seen = (growing * (growing + 1) // 2 + (num_frames - growing) * temporal.context) / num_frames
     codebooks = streams.num_codebooks
-    attended = temporal.num_attention_heads * temporal.head_width
-    temporal_matrices = _attention(temporal) + _feed_forward(temporal)[0]
     depth_matrices = depth.num_layers * (_attention(depth) + _swiglu(depth)) + depth.hidden_size * (
         streams.cardinality + (depth.low_rank_embeddings or 0)
     )
     projections = (codebooks if depth.multi_linear else min(1, codebooks)) * temporal.hidden_size * depth.hidden_size
     depth_scores = depth.num_layers * 2 * depth.hidden_size * (codebooks + 1) / 2
     return {
-        "temporal": int(2 * temporal.num_layers * (temporal_matrices + 2 * attended * seen)),
+        "temporal": int(temporal.num_layers * sum(count_layer_flops(config, num_frames=num_frames).values())),
         "text_head": 2 * streams.text_cardinality * temporal.hidden_size,
         "depth": int(2 * (projections + codebooks * (depth_matrices + depth_scores))),
+    }
+
+
+def count_layer_flops(config: Config, *, num_frames: int) -> dict[str, float]:
+    """Forward operations of one temporal layer and one frame, as `count_flops` counts them: the attention's
+    "projections", its "scores", and "feed_forward"."""
+    temporal = config.temporal
+    growing = min(num_frames, temporal.context)  # frame t sees min(t + 1, context) frames, itself included
+    seen = (growing * (growing + 1) // 2 + (num_frames - growing) * temporal.context) / num_frames
+    return {
+        "projections": 2 * _attention(temporal),
+        "scores": 4 * temporal.num_attention_heads * temporal.head_width * seen,
+        "feed_forward": 2 * _feed_forward(temporal)[0],
     }
 
 
@@ -66,10 +120,14 @@ def _attention(shape: TransformerSection) -> int:
     return shape.hidden_size * (2 * queries + 2 * keys)
 
 
-def _attention_vectors(shape: TemporalSection) -> int:
-    """Biases and norms within one layer's attention."""
-    heads = shape.num_attention_heads + 2 * shape.num_query_groups
-    return shape.head_width * (heads * shape.add_qkv_bias + 2 * shape.qk_layernorm)
+def _attention_biases(shape: TemporalSection) -> int:
+    """Of one layer's queries, keys and values."""
+    return shape.add_qkv_bias * shape.head_width * (shape.num_attention_heads + 2 * shape.num_query_groups)
+
+
+def _norms(shape: TemporalSection) -> int:
+    """Weights of one layer's norms, those of queries and keys included."""
+    return 2 * shape.hidden_size + shape.qk_layernorm * 2 * shape.head_width
 
 
 def _swiglu(shape: TransformerSection) -> int:

@@ -84,6 +84,7 @@ def build_grid(parallel: ParallelSection, *, seed: int) -> Grid:
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_size,
+        create_gloo_process_groups=dist.get_backend() != "fake",  # of `fake_ranks`, which send nothing
     )
     # Every stage draws its own layers, as megatron's training does; the ranks of a stage share the host's draws.
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()

@@ -19,19 +19,11 @@ def finalise_gradients(chunks: list[torch.nn.Module], num_tokens: Tensor | None 
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() == 1:
         return
-    gradients = [
-        gradient
-        for chunk in chunks
-        for parameter in chunk.parameters()
-        if getattr(parameter, "tensor_parallel_partial", False)
-        if (gradient := _local_gradient(parameter)) is not None
-    ]
-    if not gradients:  # not the last stage
-        return
-    flat = torch._utils._flatten_dense_tensors(gradients)
-    dist.all_reduce(flat, group=group)
-    for gradient, total in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients), strict=True):
-        gradient.copy_(total)
+    for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
+        if getattr(parameter, "tensor_parallel_partial", False):
+            gradient = _local_gradient(parameter)
+            if gradient is not None:  # each by itself: in one piece they would take a copy of all, of the 40B 22 GB
+                dist.all_reduce(gradient, group=group)
 
 
 def _local_gradient(parameter: Tensor) -> Tensor | None:

@@ -1,9 +1,18 @@
-"""Bytes of the state that one rank keeps from step to step; activations, which come and go, are not in it."""
+"""Bytes that a rank keeps from step to step, of the whole model or of its pipeline stage, and at the worst moment."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 from megaspeech.config import Config
-from megaspeech.model.counting import count_parameters
+from megaspeech.model.counting import count_parameters, count_rank_parameters
+from megaspeech.planning.activations import saved_bytes, working_bytes
+from megaspeech.planning.stages import Stage, stages_of
+
+RESERVED_GB = 4.0
+"""Of the context, NCCL's buffers, libraries' workspaces and what the allocator cannot use. Assumed, not measured yet:
+PyTorch's context and cuBLAS's workspaces are about 1 GB on an H100, and NCCL takes tens of MB a communicator."""
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 
@@ -37,3 +46,110 @@ def _main_bytes(config: Config) -> int:
     optimizer = config.optimizer
     keeps = optimizer.use_precision_aware_optimizer and optimizer.store_param_remainders
     return 2 if keeps and config.precision.fp8_recipe in (None, "delayed") else 4
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes on the fullest rank of a stage.
+
+    `state` by kind, kept from step to step; `activations` of the microbatches in flight; `working` what comes on top at
+    the worst moment of a backward pass.
+    """
+
+    stage: Stage
+    parameters: dict[str, int]
+    state: dict[str, int]
+    activations: int
+    working: int
+
+    @property
+    def total_gb(self) -> float:
+        """In GB of 10^9 bytes, with what is reserved for others."""
+        return (sum(self.state.values()) + self.activations + self.working) / 1e9 + RESERVED_GB
+
+
+def stage_memory(config: Config, *, data_parallel_size: int, layer_kind: str) -> list[StageMemory]:
+    """Memory of every stage, first to last.
+
+    Args:
+        config: the run, with its layout, microbatch and recomputation.
+        data_parallel_size: replicas; context parallel ranks share state as these do.
+        layer_kind: whose layers, see `activations.saved_bytes`.
+    """
+    found = []
+    training = config.training
+    microbatches = max(1, training.global_batch_size // (training.micro_batch_size * data_parallel_size))
+    shards = data_parallel_size * config.parallel.context_parallel_size
+    for stage in stages_of(config):
+        chunks = [_chunk_parameters(config, stage, chunk) for chunk in range(len(stage.chunks))]
+        saved = [
+            sum(saved_bytes(config, num_layers=layers, **_ends(stage, chunk), layer_kind=layer_kind).values())
+            for chunk, layers in enumerate(stage.chunks)
+        ]
+        held = [size * stage.in_flight(chunk, num_microbatches=microbatches) for chunk, size in enumerate(saved)]
+        working = working_bytes(config, is_last=stage.is_last, layer_kind=layer_kind)
+        # The gradient of the embedding's table comes when nothing else is left of its microbatch.
+        table = BYTES[config.precision.params_dtype] * chunks[0].get("embedding", 0)
+        working = max(working, table - saved[0])
+        state = rank_state_bytes(config, chunks, num_shards=shards)
+        parameters = {part: sum(chunk.get(part, 0) for chunk in chunks) for part in chunks[0] | chunks[-1]}
+        found.append(StageMemory(stage, parameters, state, sum(held), working))
+    return found
+
+
+def _ends(stage: Stage, chunk: int) -> dict[str, bool]:
+    last = len(stage.chunks) - 1
+    return {"is_first": stage.is_first and chunk == 0, "is_last": stage.is_last and chunk == last}
+
+
+def _chunk_parameters(config: Config, stage: Stage, chunk: int) -> dict[str, int]:
+    return count_rank_parameters(config, num_layers=stage.chunks[chunk], **_ends(stage, chunk))
+
+
+def rank_state_bytes(config: Config, chunks: list[dict[str, int]], *, num_shards: int) -> dict[str, int]:
+    """Bytes by kind on the fullest rank.
+
+    megatron-core lays a chunk's parameters out in one buffer, padded to a multiple of 128 and of the ranks that share
+    the optimizer (`param_and_grad_buffer.py`); with `overlap_grad_reduce` each of its buckets is, which is not counted.
+    FSDP shards all, and gathers one layer while it computes with another; its gradients are whole for a layer.
+
+    Args:
+        chunks: parameters by part of each chunk of the stage (`count_rank_parameters`).
+        num_shards: ranks that share optimizer state, or under FSDP everything.
+    """
+    parallel, precision, optimizer = config.parallel, config.precision, config.optimizer
+    totals = [sum(chunk.values()) for chunk in chunks]
+    if parallel.data_parallel != "ddp":
+        return _fully_sharded_bytes(config, chunks, num_shards=num_shards)
+    distributed = parallel.use_distributed_optimizer
+    divisor = math.lcm(num_shards, 128) if distributed else 1
+    held = sum(total + -total % divisor for total in totals)
+    multiplied = sum(chunk["temporal"] for chunk in chunks) if precision.fp8_recipe else 0
+    in_bf16 = held - (multiplied if precision.fp8_param_gather else 0)
+    own = held // (num_shards if distributed else 1)
+    sizes = {
+        "weights": BYTES[precision.params_dtype] * in_bf16,
+        "FP8 weights": 2 * multiplied,
+        "gradients": (4 if parallel.grad_reduce_in_fp32 else 2) * held,
+        "main weights": _main_bytes(config) * own,
+        "moments": (BYTES[optimizer.exp_avg_dtype] + BYTES[optimizer.exp_avg_sq_dtype]) * own,
+    }
+    return {kind: size for kind, size in sizes.items() if size}
+
+
+def _fully_sharded_bytes(config: Config, chunks: list[dict[str, int]], *, num_shards: int) -> dict[str, int]:
+    """Of FSDP: FP32 weights, gradients and moments in shards ("megatron_fsdp" has BF16 weights beside them), and two
+    layers, or the depth transformer's and the heads, gathered: weights, and gradients in BF16 and FP32."""
+    total = sum(sum(chunk.values()) for chunk in chunks)
+    own, weight = -(-total // num_shards), BYTES[config.precision.params_dtype]
+    layers = max(1, config.temporal.num_layers // (config.parallel.pipeline_model_parallel_size))
+    largest = max(max(chunk["temporal"] for chunk in chunks) // layers, chunks[0].get("embedding", 0))
+    largest = max(largest, chunks[-1].get("depth", 0) // config.depth.num_layers)
+    sizes = {
+        "weights": weight * own if config.parallel.data_parallel == "megatron_fsdp" else 0,
+        "gradients": 4 * own,
+        "main weights": 4 * own,
+        "moments": 8 * own,
+        "gathered": (2 * weight + weight + 4) * largest,
+    }
+    return {kind: size for kind, size in sizes.items() if size}

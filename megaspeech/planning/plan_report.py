@@ -1,0 +1,140 @@
+"""A plan for people and for programs: tables, JSON, a chart of memory by stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megaspeech.planning.memory import RESERVED_GB
+from megaspeech.planning.search import Plan
+
+PARTS = ("weights", "gradients", "optimizer", "activations", "working", "reserved")
+
+
+def show(plans: Sequence[Plan], console: Console, *, audio_hours: float, frame_rate: float) -> None:
+    """The layouts, then the first one's memory by stage and time by part."""
+    table = Table(title="layouts that fit, fastest first")
+    for name in ("", "tp", "pp", "virtual", "cp", "dp", "data", "micro", "recompute", "step s", "frames/s", "MFU"):
+        table.add_column(name, justify="right")
+    for name in ("bubble", "GB at most", "limited by"):
+        table.add_column(name, justify="left" if name == "limited by" else "right")
+    for number, plan in enumerate(plans, start=1):
+        table.add_row(str(number), *_cells(plan))
+    console.print(table)
+    first = plans[0]
+    _show_memory(first, console)
+    _show_time(first, console)
+    hours = first.time.hours(audio_hours, frame_rate=frame_rate)
+    energy = hours * first.machine.num_gpus * first.machine.gpu.watts / 1e6
+    console.print(
+        f"Layout 1 trains once over {audio_hours:,.0f} hours of audio in {hours:,.1f} hours: "
+        f"{hours * first.machine.num_gpus:,.0f} GPU-hours, at most {energy:,.2f} MWh in the GPUs alone."
+    )
+    console.print("Times are a model's, with assumed efficiencies (planning/efficiency.py): not measured yet.")
+
+
+def _cells(plan: Plan) -> list[str]:
+    parallel, time = plan.config.parallel, plan.time
+    sizes = (
+        *(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.num_chunks),
+        *(parallel.context_parallel_size, plan.data_parallel_size, parallel.data_parallel),
+        *(plan.config.training.micro_batch_size, plan.recompute),
+    )
+    rates = (f"{time.seconds:.2f}", f"{time.frames_per_second:,.0f}", f"{time.utilisation:.1%}", f"{time.bubble:.1%}")
+    return [*map(str, sizes), *rates, f"{plan.fullest.total_gb:.1f}", plan.limit]
+
+
+def memory_rows(plan: Plan) -> list[dict[str, float]]:
+    """GB of 10^9 bytes of every stage, by PARTS, and its layers."""
+    rows = []
+    for memory in plan.memory:
+        state = {kind: size / 1e9 for kind, size in memory.state.items()}
+        rows.append(
+            {
+                "layers": memory.stage.num_layers,
+                "weights": sum(state.get(kind, 0) for kind in ("weights", "FP8 weights", "gathered")),
+                "gradients": state["gradients"],
+                "optimizer": state.get("main weights", 0) + state.get("moments", 0),
+                "activations": memory.activations / 1e9,
+                "working": memory.working / 1e9,
+                "reserved": RESERVED_GB,
+                "sum": memory.total_gb,
+            }
+        )
+    return rows
+
+
+def _show_memory(plan: Plan, console: Console) -> None:
+    gpu = plan.machine.gpu
+    table = Table(title=f"layout 1: GB on a GPU of each stage, of {gpu.memory_gb:.0f}")
+    rows = memory_rows(plan)
+    for name in ("stage", *rows[0]):
+        table.add_column(name, justify="right")
+    for index, row in enumerate(rows):
+        table.add_row(str(index), *(f"{value:.1f}" if name != "layers" else str(value) for name, value in row.items()))
+    console.print(table)
+
+
+def _show_time(plan: Plan, console: Console) -> None:
+    table = Table(title="layout 1: seconds of a step")
+    table.add_column("part")
+    table.add_column("s", justify="right")
+    table.add_column("share", justify="right")
+    for part, seconds in plan.time.parts.items():
+        if seconds > 5e-4:
+            table.add_row(part, f"{seconds:.3f}", f"{seconds / plan.time.seconds:.1%}")
+    console.print(table)
+
+
+def show_obvious(tries: Mapping[str, Plan], console: Console) -> None:
+    """Why what one would try first does not fit, or that it does."""
+    for name, plan in tries.items():
+        memory, limit = plan.fullest, plan.machine.gpu.memory_gb
+        verdict = "fits" if memory.total_gb <= limit else "does not fit"
+        kinds = ", ".join(f"{kind} {size / 1e9:.0f}" for kind, size in memory.state.items() if size > 5e8)
+        console.print(
+            f"{name}: {verdict}: {memory.total_gb:.0f} GB of {limit:.0f} with one sample a microbatch ({kinds}, "
+            f"activations {memory.activations / 1e9:.0f}, working {memory.working / 1e9:.0f})"
+        )
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Everything of a plan that was counted."""
+    return {
+        "parallel": plan.config.parallel.model_dump(mode="json", exclude_defaults=True),
+        "data_parallel_size": plan.data_parallel_size,
+        "micro_batch_size": plan.config.training.micro_batch_size,
+        "recipe": plan.config.precision.recipe,
+        "memory_gb": memory_rows(plan),
+        "seconds": plan.time.parts,
+        "step_seconds": plan.time.seconds,
+        "frames_per_second": plan.time.frames_per_second,
+        "utilisation": plan.time.utilisation,
+        "bubble": plan.time.bubble,
+        "limited_by": plan.limit,
+    }
+
+
+def draw_memory(plan: Plan, path: Path) -> None:
+    """Bars of memory by stage, the GPU's own as a line; PNG, or what the suffix says."""
+    from matplotlib.figure import Figure
+
+    rows = memory_rows(plan)
+    figure = Figure(figsize=(max(5, 1 + 0.7 * len(rows)), 4), layout="constrained")
+    axes = figure.add_subplot()
+    below = [0.0] * len(rows)
+    for part in PARTS:
+        heights = [row[part] for row in rows]
+        axes.bar(range(len(rows)), heights, bottom=below, label=part)
+        below = [sum(pair) for pair in zip(below, heights, strict=True)]
+    axes.axhline(plan.machine.gpu.memory_gb, color="black", linestyle="--", linewidth=1)
+    axes.set_xticks(range(len(rows)), [f"{i}\n{row['layers']} layers" for i, row in enumerate(rows)])
+    axes.set_xlabel("pipeline stage")
+    axes.set_ylabel("GB a GPU")
+    axes.set_title(f"{plan.config.parallel.describe(plan.data_parallel_size)}, {plan.machine.gpu.name}")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)

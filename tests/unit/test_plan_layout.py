@@ -1,0 +1,116 @@
+"""Layouts that are found: they fit, are valid, and wait as little as the depth transformer lets them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from one_rank import make_config
+
+from megaspeech.config import read_config
+from megaspeech.config.computation import expand_layout
+from megaspeech.planning.balance import balanced_pipelines
+from megaspeech.planning.gpus import GPUS
+from megaspeech.planning.nodes import find_node, group_rate
+from megaspeech.planning.pipeline import least_seconds, pipeline_seconds
+from megaspeech.planning.search import Machine, obvious, plan_of, plans
+from tools import plan_layout
+
+H100 = next(gpu for gpu in GPUS if gpu.key == "h100-96gb")
+
+
+@pytest.mark.parametrize("stages, chunks, microbatches", [(4, 1, 16), (4, 1, 2), (2, 3, 8), (4, 2, 4), (8, 5, 64)])
+def test_an_even_pipeline_takes_what_the_formula_says(stages: int, chunks: int, microbatches: int) -> None:
+    """m + (p - 1) / v microbatches (arXiv 2104.04473, sections 2.2.1 and 2.2.2)."""
+    seconds = [[1 / chunks] * chunks] * stages
+    expected = microbatches + (stages - 1) / chunks
+    assert pipeline_seconds(seconds, num_microbatches=microbatches) == pytest.approx(expected)
+
+
+def test_a_slow_last_chunk_holds_up_an_interleaved_pipeline() -> None:
+    """Stages do as much, but the last one's work comes in one piece: the bubble is larger than the formula's."""
+    uneven = pipeline_seconds([[1.0, 1.0], [0.2, 1.8]], num_microbatches=16)
+    assert uneven > 1.05 * pipeline_seconds([[1.0, 1.0], [1.0, 1.0]], num_microbatches=16)
+
+
+@given(
+    seconds=st.integers(1, 3).flatmap(
+        lambda chunks: st.lists(st.lists(st.floats(0.1, 3), min_size=chunks, max_size=chunks), min_size=2, max_size=5)
+    ),
+    rounds=st.integers(1, 6),
+)
+def test_no_pipeline_beats_the_bound_by_which_layouts_are_left_out(seconds: list[list[float]], rounds: int) -> None:
+    number = rounds * len(seconds)
+    assert pipeline_seconds(seconds, num_microbatches=number) >= least_seconds(seconds, num_microbatches=number) - 1e-9
+
+
+@pytest.mark.parametrize(
+    "layers, stages, chunks, load", [(44, 4, 1, 9.0), (80, 8, 2, 3.5), (32, 2, 4, 0.0), (7, 3, 1, 50)]
+)
+def test_layers_are_balanced(layers: int, stages: int, chunks: int, load: float) -> None:
+    for keys in balanced_pipelines(layers, num_stages=stages, num_chunks=chunks, last_load=load):
+        drawn = keys.get("pipeline_model_parallel_layout")
+        if drawn:
+            counts = [text.count("t") for text in expand_layout(drawn)]
+            assert sum(counts) == layers and len(counts) == stages * chunks and min(counts) > 0
+        elif "num_layers_in_last_pipeline_stage" in keys:
+            last = keys["num_layers_in_last_pipeline_stage"]
+            assert (layers - last) % ((stages - 1) * chunks) == 0
+            assert last < (layers - last) / (stages - 1) or not load
+
+
+def test_groups_within_a_node_are_faster() -> None:
+    node = find_node(4)
+    inside, across = (group_rate(H100, node, size=4, stride=stride) for stride in (1, 4))
+    assert inside > 10 * across
+    assert group_rate(H100, node, size=64, stride=1) == pytest.approx(4 * across)  # four adapters together
+    with pytest.raises(ValueError, match="--gpus-per-node: no node of 5"):
+        find_node(5)
+
+
+def test_what_is_found_fits_and_is_the_fastest(tmp_path: Path) -> None:
+    size = ("data.num_frames=4096", "data.length_multiple=4096", "precision.recipe=bf16", "training.micro_batch_size=1")
+    base = make_config(tmp_path, *size, "training.global_batch_size=128", preset="8b")
+    machine = Machine(H100, find_node(4), 16)
+    found = plans(base, machine, most=5)
+    times = [plan.time.seconds for plan in found]
+    assert len(found) == 5 and times == sorted(times)
+    assert all(plan.fullest.total_gb <= H100.memory_gb for plan in found)
+    alone = obvious(base, machine)["replicas alone"]
+    assert alone.fullest.total_gb > H100.memory_gb  # 6 bytes of each of 9 billion parameters, and activations
+    best = found[0]
+    assert sum(best.time.parts.values()) == best.time.seconds
+    assert plan_of(best.config, Machine(H100, find_node(4), 16)).time.seconds == best.time.seconds
+    slower = plan_of(best.config, Machine(next(gpu for gpu in GPUS if gpu.key == "a100"), find_node(8), 16))
+    assert slower.time.seconds > 2 * best.time.seconds
+
+
+def test_the_tool_writes_what_our_own_config_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", "8b", "--gpus", "8", "--gpu", "h200", "--global-batch", "64", "--frames", "2048"]
+    arguments += ["--recipe", "fp8-tensorwise", "--best", "3", "--audio-hours", "1000"]
+    files = [
+        "--json",
+        str(tmp_path / "plan.json"),
+        "--chart",
+        str(tmp_path / "plan.png"),
+        "--write",
+        str(tmp_path / "run"),
+    ]
+    assert plan_layout.main([*arguments, *files, "--sweep", "8,16", "optimizer.lr=2e-4"]) == 0
+    shown = capsys.readouterr().out
+    assert "layouts that fit" in shown and "not measured yet" in shown and "assumed: " in shown
+    written = read_config(tmp_path / "run" / "config.toml", world_size=8)
+    first = json.loads((tmp_path / "plan.json").read_text())[0]
+    assert written.parallel.model_dump(mode="json", exclude_defaults=True) == first["parallel"]
+    assert written.optimizer.lr == 2e-4 and written.precision.recipe == "fp8-tensorwise"
+    assert "--nodes 1 --gpus-per-node 8" in (tmp_path / "run" / "submit.sh").read_text()
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_tool_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["--model", "70b", "--gpus", "2", "--global-batch", "2", "--frames", "4096"]
+    assert plan_layout.main(few) == 1 and "no layout fits" in capsys.readouterr().err
+    assert plan_layout.main([*few, "--recipe", "fp7"]) == 2 and "precision.recipe" in capsys.readouterr().err
