@@ -264,7 +264,7 @@ def test_what_is_unfinished_is_another_s(unfinished: Path, home: Path, tmp_path:
 def test_logits_that_disagree(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was written is left to be looked into, and is not put into place."""
     monkeypatch.setattr(verify, "moshi_difference", lambda *_: 2e-4)
-    with pytest.raises(ValueError, match=r"out.part: the logits of moshi differ .* by 2.0e-04, more than 1e-04"):
+    with pytest.raises(ValueError, match=r"out.part: the logits of moshi differ .* by 2.0e-04, more than 1.0e-04"):
         convert(Conversion(home / "step_00000000", tmp_path / "out", "native", "moshi"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.journal", "out.part"]
 
