@@ -162,9 +162,9 @@ def _stopping_at(parsed: mock.Mock) -> dict[str, object]:
 
 
 def cut_down(recipe: Recipe) -> Config:
-    """The same layout of a model that has a layer a stage, narrow ones, and short samples."""
+    """The same layout of a model that has a layer a stage, narrow ones, two short samples for each replica."""
     config = recipe.config()
-    stages = config.parallel.pipeline_model_parallel_size
+    stages, replicas = config.parallel.pipeline_model_parallel_size, recipe.plan().data_parallel_size
     shape = {"hidden_size": 1024, "ffn_hidden_size": 1024}
     last = {"num_layers_in_last_pipeline_stage": None}
     changes = {
@@ -172,6 +172,7 @@ def cut_down(recipe: Recipe) -> Config:
         "depth": {"num_layers": 1, "hidden_size": 512, "ffn_hidden_size": 512},
         "parallel": last if stages > 1 else {},
         "data": {"num_frames": 128, "length_multiple": 128},
+        "training": {"global_batch_size": 2 * replicas},
     }
     sections = {name: getattr(config, name).model_copy(update=keys) for name, keys in changes.items()}
     return config.model_copy(update=sections)

@@ -22,7 +22,7 @@ def _commands(folder: Path, bodies: dict[str, str]) -> str:
 
 
 def _submit(folder: Path, *, status: int = 0, health: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run train.sh where ranks exit with `status` and the nodes' check prints `health`; the file `calls` has what it ran."""
+    """Run train.sh where ranks exit with `status` and the check of nodes prints `health`; `calls` is what it ran."""
     calls = folder / "calls"
     srun = f"""
         echo "srun $MASTER_ADDR $*" >> {calls}
