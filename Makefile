@@ -55,8 +55,11 @@ runs/quickstart/shards/rejected.jsonl:
 image: ## the GPU image, by Docker (docker/README.md)
 	docker build $(shell sed -n 's/^[A-Z_]*=/--build-arg &/p' docker/versions.env) -f docker/Dockerfile -t megaspeech .
 
+sif: ## the same image by Apptainer, where there is no Docker
+	apptainer build $(shell sed -n 's/^[A-Z_]*=/--build-arg &/p' docker/versions.env) megaspeech.sif docker/apptainer.def
+
 clean: ## remove what the quickstart made, not .venv
 	rm -rf runs/quickstart
 
-.PHONY: help venv quickstart test check gpu image clean
+.PHONY: help venv quickstart test check gpu image sif clean
 .DEFAULT_GOAL := help

@@ -144,6 +144,8 @@ def _depth_layer(config: Config) -> int:
 
 def _depth_bytes(config: Config) -> int:
     streams, shape, places = config.streams, config.depth, _places(config)
+    if not streams.num_codebooks:
+        return 0  # text alone: there is no depth transformer
     layer = 2 * shape.hidden_size if config.parallel.recompute_granularity == "full" else _depth_layer(config)
     # torch folds the product of frames with every codebook's matrix into one, for which it copies the matrices.
     entry = 2 * streams.num_codebooks * config.temporal.hidden_size * shape.hidden_size

@@ -16,7 +16,7 @@ SLURM = """\
 # From the repository's root, once config.toml names the data: {script} [section.field=value ...]
 # Three minutes before the time limit a checkpoint is saved and the job requeues itself (docs/faults.md).
 exec sbatch --nodes {nodes} --gpus-per-node {per_node} --job-name {name} --time 24:00:00 \\
-  examples/quickstart/slurm.sh {config} "$@"
+  examples/slurm/train.sh {config} "$@"
 """
 
 

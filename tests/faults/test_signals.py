@@ -93,30 +93,6 @@ def _catches(pid: int, number: signal.Signals) -> bool:
     return bool(int(fields["SigCgt"], 16) >> (number - 1) & 1)
 
 
-@pytest.mark.parametrize("status, requeued", [(0, False), (1, False), (75, True), (137, False)])
-def test_slurm_script_requeues_what_asks_for_it(tmp_path: Path, status: int, requeued: bool) -> None:
-    calls = tmp_path / "calls"
-    fakes = {"srun": f'echo "srun $MASTER_ADDR $*" >> {calls}; exit {status}'}
-    fakes["scontrol"] = f'echo "scontrol $*" >> {calls}; if [ $1 = show ]; then echo node1; echo node2; fi'
-    for name, body in fakes.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    variables = {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_GPUS_ON_NODE": "4"}
-    script = [str(ROOT / "examples/quickstart/slurm.sh"), "config.toml", "run.seed=2"]
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    finished = subprocess.run(["bash", *script], env={**os.environ, **variables, "PATH": path})
-    assert finished.returncode == status
-    assert ("scontrol requeue 17" in calls.read_text()) is requeued
-    (srun,) = (line for line in calls.read_text().splitlines() if line.startswith("srun"))
-    assert srun.startswith("srun node1 ") and "--ntasks-per-node 4" in srun
-    assert srun.endswith("-m megaspeech.train config.toml run.seed=2")
-
-
-def test_slurm_script_asks_for_the_signal_in_time() -> None:
-    script = (ROOT / "examples/quickstart/slurm.sh").read_text()
-    assert "#SBATCH --signal=USR1@180\n" in script and "#SBATCH --requeue\n" in script
-
-
 @pytest.mark.parametrize(
     "variables, rank",
     [

@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "docker/Dockerfile").read_text()
+APPTAINER = (ROOT / "docker/apptainer.def").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,23 @@ def test_the_dockerfile_uses_every_pin_and_names_no_version(versions: dict[str, 
     assert {name for name in declared if "=" not in name} == versions.keys()
     assert versions.keys() <= set(re.findall(r"\$\{(\w+)\}", instructions))
     assert not re.findall(r"\d+\.\d+|[0-9a-f]{40}", instructions)
+
+
+def _steps(text: str) -> list[str]:
+    """Lines that fetch and install, variables as `<NAME>`, continuations joined, Docker's way of chaining undone."""
+    text = re.sub(r"\$\{(\w+)\}|\{\{ (\w+) \}\}", lambda found: f"<{found[1] or found[2]}>", text.replace("\\\n", " "))
+    steps = [" ".join(part.removeprefix("RUN ").split()) for part in re.split(r"&&|\n", text)]
+    return [step for step in steps if re.search(r"pip install|apt-get|git (init|fetch|checkout)|smoke", step)]
+
+
+def test_apptainer_takes_the_same_steps_with_the_same_pins(versions: dict[str, str]) -> None:
+    instructions = APPTAINER.split("%post")[1]
+    assert _steps(instructions) == _steps("\n".join(x for x in DOCKERFILE.splitlines() if not x.startswith("#")))
+    named = set(re.findall(r"\{\{ (\w+) \}\}", APPTAINER))
+    assert named == versions.keys() | {"MAX_JOBS"}
+    assert "From: {{ CUDA_IMAGE }}\n" in APPTAINER and not re.findall(r"\d+\.\d+\.\d+|[0-9a-f]{40}", APPTAINER)
+    copied = re.findall(r"^    (\S+) /opt/megaspeech/$", APPTAINER, re.MULTILINE)
+    assert all((ROOT / name).exists() for name in copied) and {"constraints.txt", "megaspeech", "kernels"} <= {*copied}
 
 
 def test_packages_come_from_wherever_pip_takes_them() -> None:

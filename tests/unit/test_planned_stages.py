@@ -32,6 +32,7 @@ CASES = {
     ),
     "tp2, no sequence parallel": ("parallel.tensor_model_parallel_size=2",),
     "cp2 dp6": ("parallel.context_parallel_size=2",),
+    "text alone": ("streams.num_codebooks=0", f"streams.delays={[0] * 17}"),
 }
 
 
