@@ -37,7 +37,6 @@ class ModelSection(Section):
     """Launch the depth transformer's layers as one graph of kernels, one graph for each number of frames that comes up,
     rounded up to a multiple of this. A graph has memory of its own for activations and gradients. 0 makes none."""
     layernorm_epsilon: float = Field(1e-8, gt=0)
-    init_method_std: float = Field(0.02, gt=0)
 
 
 class StreamsSection(Section):

@@ -9,11 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from megaspeech.config import Config
 from megaspeech.config.schema import StreamsSection, TemporalSection
-from megaspeech.conversion.deferred import Weights
 from megaspeech.conversion.layouts import GroupedQueries, Same
 from megaspeech.conversion.mimi_files import Mimi
 from megaspeech.conversion.rules import Rule
@@ -22,7 +19,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 INSTEAD = "convert it to moshi instead"
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 def one(native: str, foreign: str) -> Rule:
@@ -119,11 +115,3 @@ def shape_section(config: PretrainedConfig) -> dict[str, Any]:
         "num_attention_heads": config.num_attention_heads,
         "num_query_groups": config.num_key_value_heads,
     }
-
-
-def recipe_of(weights: Weights, name: str) -> str:
-    """`precision.recipe` of weights whose tensor `name` tells their precision."""
-    dtype = weights[name].dtype
-    if dtype not in DTYPES:
-        raise ValueError(f"tensor {name}: {dtype} weights are not known, only {' and '.join(map(str, DTYPES))}")
-    return DTYPES[dtype]
