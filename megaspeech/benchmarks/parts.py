@@ -48,16 +48,20 @@ class PartTimes:
 
     def __enter__(self) -> PartTimes:
         model, depth = self.model, self.model.depth
+        last = TEXT if depth is None else HEADS
         self._hooks = [
             model.embedding.register_forward_pre_hook(self._marking(EMBEDDING)),
             model.temporal.register_forward_pre_hook(self._entering(TEMPORAL, back_into=EMBEDDING)),
             model.temporal.register_forward_hook(self._leaving_temporal),
-            depth.register_forward_pre_hook(self._entering(DEPTH, back_into=TEXT)),
-            depth.heads.register_forward_pre_hook(self._entering(HEADS, back_into=DEPTH)),
-            model.register_forward_hook(lambda module, arguments, losses: self._hook(losses.weighted, HEADS)),
+            model.register_forward_hook(lambda module, arguments, losses: self._hook(losses.weighted, last)),
             model.embedding.weight.register_post_accumulate_grad_hook(self._marking(OTHER)),
             *(optimizer.register_step_pre_hook(self._marking(OPTIMIZER)) for optimizer in self.optimizers),
         ]
+        if depth is not None:
+            self._hooks += [
+                depth.register_forward_pre_hook(self._entering(DEPTH, back_into=TEXT)),
+                depth.heads.register_forward_pre_hook(self._entering(HEADS, back_into=DEPTH)),
+            ]
         self._mark(OTHER)
         return self
 

@@ -58,6 +58,14 @@ def test_a_run_with_a_peer_and_a_recipe_that_cannot_run(tmp_path: Path) -> None:
     assert path.with_suffix(".png").stat().st_size > 10_000
 
 
+def test_a_model_that_writes_text_alone(tmp_path: Path) -> None:
+    shape = ("streams.num_codebooks=0", "streams.delays=[0,0,1,1,1]", "--frames", 32, "--sample-frames", 16)
+    done = run("--model", "tiny", "--recipe", "fp32", "--steps", 1, "--json", tmp_path / "text.json", *shape)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = json.loads((tmp_path / "text.json").read_text())["rows"]
+    assert {part for part, spent in row["parts_ms"].items() if not spent} == {"depth", "codebook heads and loss"}
+
+
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
     """The tool in this process, which spares importing everything once a test."""
