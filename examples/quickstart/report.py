@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from megaspeech.codecs.protocol import Codec
 from megaspeech.config import Config
+from megaspeech.data.whole_files import replacing
 from megaspeech.model.counting import count_parameters
 from megaspeech.preparation.encoding import encode_recordings
 from megaspeech.preparation.manifests.nemo import read_manifest
@@ -174,6 +174,5 @@ def _aim(key: str, results: dict) -> str:
 
 
 def _write_json(path: Path, values: dict) -> None:
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(aside, path)
+    with replacing(path) as aside:
+        aside.write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")

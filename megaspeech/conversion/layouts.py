@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megaspeech.config.schema import TransformerSection
 from megaspeech.conversion.rules import Layout
-from megaspeech.model.embedding import padded_rows, used_rows
+from megaspeech.model.counting import padded_rows, used_rows
 
 Tensors = Sequence[Tensor]
 

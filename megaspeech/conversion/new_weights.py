@@ -13,7 +13,7 @@ from torch import Tensor
 from megaspeech.config import Config
 from megaspeech.conversion.deferred import Deferred
 from megaspeech.conversion.native import native_shapes
-from megaspeech.model.embedding import used_rows
+from megaspeech.model.counting import used_rows
 
 ROWS_AT_ONCE = 1024
 """Rows of a table that are computed with in FP32 at a time: all of them would take more memory than the table."""

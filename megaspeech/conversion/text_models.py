@@ -34,7 +34,8 @@ from megaspeech.conversion.rules import Layout, Rule, to_native
 from megaspeech.conversion.safetensors_files import open_safetensors
 from megaspeech.conversion.stored import TOKENIZER_FILE, StoredModel
 from megaspeech.conversion.text_config import DROPPABLE, TextModel, config_of_text_model, read_text_model
-from megaspeech.model.embedding import padded_rows, table_offsets
+from megaspeech.model.counting import padded_rows
+from megaspeech.model.embedding import table_offsets
 from megaspeech.model.speech_text_model import ZERO_TOKEN, SpeechTextModel
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -25,7 +25,7 @@ from megaspeech.conversion.transformers_layers import (
     temporal_section,
     temporal_values,
 )
-from megaspeech.model.embedding import padded_rows, used_rows
+from megaspeech.model.counting import padded_rows, used_rows
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, KyutaiSpeechToTextConfig

@@ -35,7 +35,7 @@ from megaspeech.conversion.old_vocabulary import BYTE, OldVocabulary, open_vocab
 from megaspeech.conversion.stored import StoredModel
 from megaspeech.data.tasks import LANGUAGE, TASKS
 from megaspeech.data.tokenizer import EXTEND, SPACE, Tokenizer
-from megaspeech.model.embedding import padded_rows, used_rows
+from megaspeech.model.counting import padded_rows, used_rows
 
 Fill: TypeAlias = Callable[[Tensor, Tensor], None]
 """Writes new rows, its first argument, which are zeros, made of the old ones."""

@@ -55,12 +55,12 @@ def count_rank_parameters(config: Config, *, num_layers: int, is_first: bool, is
     counts = {"temporal": num_layers * (attention + _rank_feed_forward(config))}
     counts["norms"] = num_layers * _norms(temporal) + is_last * width
     if is_first:
-        counts["embedding"] = _padded(streams.cardinalities) * width // tensor
+        counts["embedding"] = padded_rows(streams.cardinalities) * width // tensor
     if is_last:
         counts["text_head"] = streams.text_cardinality * width // tensor
     if is_last and streams.num_codebooks:
         read = streams.cardinalities[: streams.num_codebooks]
-        padding = _padded(read) - sum(read) - len(read)
+        padding = padded_rows(read) - used_rows(read)
         counts["depth"] = _depth(config) + padding * (config.depth.low_rank_embeddings or config.depth.hidden_size)
     return counts
 
@@ -75,10 +75,15 @@ def _rank_feed_forward(config: Config) -> int:
     return temporal.num_moe_experts * temporal.hidden_size + own * expert // parallel.expert_tensor_size
 
 
-def _padded(cardinalities: Sequence[int]) -> int:
-    """Rows of a packed table, as `model.embedding.padded_rows` has them, which needs torch."""
-    rows = sum(cardinalities) + len(cardinalities)
+def padded_rows(cardinalities: Sequence[int]) -> int:
+    """Rows of a packed table of embeddings, padded to one multiple for every layout."""
+    rows = used_rows(cardinalities)
     return rows + -rows % EMBEDDING_ROWS_MULTIPLE
+
+
+def used_rows(cardinalities: Sequence[int]) -> int:
+    """Rows of a packed table without its padding, which is zero and stays so: no gradient ever reaches it."""
+    return sum(cardinalities) + len(cardinalities)
 
 
 def count_flops(config: Config, *, num_frames: int) -> dict[str, int]:

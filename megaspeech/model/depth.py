@@ -26,7 +26,8 @@ from torch.nn import functional as F
 
 from megaspeech.config import Config
 from megaspeech.kernels import Kernels
-from megaspeech.model.embedding import padded_rows, table_offsets, used_rows
+from megaspeech.model.counting import padded_rows, used_rows
+from megaspeech.model.embedding import table_offsets
 
 
 class CodebookLinear(torch.nn.Module):

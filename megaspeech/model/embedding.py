@@ -14,9 +14,9 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megaspeech.config.checks import EMBEDDING_ROWS_MULTIPLE
 from megaspeech.config.schema import StreamsSection
 from megaspeech.kernels import Kernels
+from megaspeech.model.counting import padded_rows, used_rows
 from megaspeech.model.frames import on_context_rank
 
 
@@ -26,17 +26,6 @@ def table_offsets(cardinalities: Sequence[int]) -> list[int]:
     for cardinality in cardinalities[:-1]:
         offsets.append(offsets[-1] + cardinality + 1)
     return offsets
-
-
-def padded_rows(cardinalities: Sequence[int]) -> int:
-    """Rows of the packed table, padded to one multiple for every layout."""
-    rows = used_rows(cardinalities)
-    return rows + -rows % EMBEDDING_ROWS_MULTIPLE
-
-
-def used_rows(cardinalities: Sequence[int]) -> int:
-    """Rows of the packed table without its padding, which is zero and stays so: no gradient ever reaches it."""
-    return sum(cardinalities) + len(cardinalities)
 
 
 class StreamEmbedding(VocabParallelEmbedding):

@@ -11,7 +11,6 @@ what is written as of `st`, and of what is heard. `s2s` has no right answer: it 
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megaspeech.data.tasks import Task
+from megaspeech.data.whole_files import replacing
 from megaspeech.preparation.encoding import encode_recordings
 from megaspeech.preparation.other_formats import import_soundfile
 from megaspeech.preparation.reading import recordings_of
@@ -172,6 +172,5 @@ def _hear(lines: list[dict[str, Any]], *, folder: Path, judges: Mapping[str, str
 
 
 def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    os.replace(part, path)
+    with replacing(path) as aside:
+        aside.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")

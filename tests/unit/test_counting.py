@@ -10,8 +10,8 @@ import torch
 from one_rank import make_config, one_rank  # noqa: F401
 from torch.utils.flop_counter import FlopCounterMode
 
-from megaspeech.model.counting import count_flops, count_parameters
-from megaspeech.model.embedding import padded_rows, table_offsets
+from megaspeech.model.counting import count_flops, count_parameters, padded_rows
+from megaspeech.model.embedding import table_offsets
 from megaspeech.model.speech_text_model import SpeechTextModel
 
 GROUPED = ["depth.num_query_groups=2", "depth.ffn_hidden_size=70", "streams.num_codebooks=3"]

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from native_folders import logits
 from one_rank import make_config, one_rank  # noqa: F401
 from torch import Tensor
 
 from megaspeech.config import Config
 from megaspeech.conversion.growth import grow_streams
-from megaspeech.conversion.native import check_native, load_weights, whole_model
+from megaspeech.conversion.native import check_native
 from megaspeech.conversion.random_model import random_model
 from megaspeech.conversion.stored import StoredModel
 from megaspeech.model.embedding import table_offsets
@@ -42,14 +43,6 @@ CASES = [
 
 def config_of(kind: str, directory: Path) -> Config:
     return make_config(directory, *KINDS[kind])
-
-
-@torch.no_grad()
-def logits(model: StoredModel, codes_BST: Tensor) -> tuple[Tensor, Tensor]:
-    check_native(model)
-    native = whole_model(model.config).eval()
-    load_weights(native, model.weights)
-    return native(codes_BST)
 
 
 def drawn_codes(config: Config) -> Tensor:

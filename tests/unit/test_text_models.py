@@ -25,7 +25,8 @@ from megaspeech.conversion.text_config import read_text_model  # noqa: E402
 from megaspeech.conversion.text_models import open_text_model, text_difference  # noqa: E402
 from megaspeech.conversion.transformers_layers import refuse_unknown_layers  # noqa: E402
 from megaspeech.data.tokenizer import train_tokenizer  # noqa: E402
-from megaspeech.model.embedding import table_offsets, used_rows  # noqa: E402
+from megaspeech.model.counting import used_rows  # noqa: E402
+from megaspeech.model.embedding import table_offsets  # noqa: E402
 from megaspeech.model.speech_text_model import SpeechTextModel  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_rank")

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import sentencepiece
 import torch
+from native_folders import logits
 from one_rank import make_config, one_rank  # noqa: F401
 from sentencepiece import sentencepiece_model_pb2
 from torch import Tensor
 
-from megaspeech.conversion.native import check_native, load_weights, whole_model
+from megaspeech.conversion.native import check_native
 from megaspeech.conversion.old_vocabulary import open_vocabulary
 from megaspeech.conversion.random_model import random_model
 from megaspeech.conversion.stored import Companions, StoredModel
@@ -85,14 +86,6 @@ def text_rows(model: StoredModel) -> list[Tensor]:
     size = model.config.streams.text_cardinality
     names = ("embedding.weight", "depth.embedding", "text_head.weight")
     return [model.weights[name].read()[:size] for name in names]
-
-
-@torch.no_grad()
-def logits(model: StoredModel, codes_BST: Tensor) -> tuple[Tensor, Tensor]:
-    check_native(model)
-    native = whole_model(model.config).eval()
-    load_weights(native, model.weights)
-    return native(codes_BST)
 
 
 def test_the_same_pieces_in_another_order_give_the_same_logits(folder: Path, tmp_path: Path) -> None:
