@@ -44,11 +44,20 @@ def read_config(path: str | Path, overrides: Iterable[str] = (), *, world_size: 
     Raises:
         ConfigError: every fault found, of the file, the overrides, and between sections.
     """
-    path, faults = Path(path), []
-    tables = _read_toml(path)
-    for override in overrides:
-        _apply_override(tables, override, faults)
+    tables, faults = _tables(Path(path), overrides)
     return _build(tables, source=str(path), faults=faults, world_size=world_size)
+
+
+def read_tables(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """What a TOML file and overrides say, by section, and no more: neither checked, nor laid over the preset.
+
+    Raises:
+        ConfigError: there is no such file, it is no TOML, or something is not an override.
+    """
+    tables, faults = _tables(Path(path), overrides)
+    if faults:
+        raise ConfigError(str(path), faults)
+    return tables
 
 
 def write_config(config: Config, path: str | Path) -> None:
@@ -82,6 +91,14 @@ def changed(config: Config, tables: dict[str, dict[str, Any]], *, source: str) -
     for name in SECTIONS:
         values[name] = {key: value for key, value in values[name].items() if value is not None}
     return config_of(values, source=source)
+
+
+def _tables(path: Path, overrides: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+    """(what the file says with the overrides, the faults of these)."""
+    tables, faults = _read_toml(path), []
+    for override in overrides:
+        _apply_override(tables, override, faults)
+    return tables, faults
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -105,14 +105,16 @@ _NORM: dict[str, Callable[[Config], int]] = {
 def _attention(config: Config, *, layer_kind: str) -> int:
     """Bytes a frame: queries, keys and values as attention takes them, what it gives, and its sums by head."""
     shape, tensor = config.temporal, config.parallel.tensor_model_parallel_size
-    key_value = shape.hidden_size * shape.num_query_groups // shape.num_attention_heads
+    queries, key_value = shape.num_attention_heads * shape.head_width, shape.num_query_groups * shape.head_width
     sums = 4 * shape.num_attention_heads // tensor
+    if shape.qk_layernorm:  # what the norms of queries and keys keep: in FP32 input and normalised, or their input
+        sums += (8 if layer_kind == LOCAL else 2) * (queries + key_value) // tensor
     if layer_kind == LOCAL:
         # Values are a part of what the projection gave, all of which stays beside the turned queries and keys.
-        angles = 4 * 2 * (shape.hidden_size // shape.num_attention_heads)
-        return 2 * (3 * shape.hidden_size + 3 * key_value) // tensor + sums + angles
-    in_fp8 = shape.hidden_size // tensor if config.precision.fp8_recipe else 0  # for the projection; attention is BF16
-    return 2 * (2 * shape.hidden_size + 2 * key_value) // tensor + sums + in_fp8
+        angles = 4 * 2 * shape.head_width
+        return 2 * (3 * queries + 3 * key_value) // tensor + sums + angles
+    in_fp8 = queries // tensor if config.precision.fp8_recipe else 0  # for the projection; attention is BF16
+    return 2 * (2 * queries + 2 * key_value) // tensor + sums + in_fp8
 
 
 def _feed_forward(config: Config, *, layer_kind: str) -> int:

@@ -13,27 +13,36 @@ from megaspeech.planning.search import Plan
 SLURM = """\
 #!/bin/bash
 # {what}
-# From the repository's root, once config.toml names the data: {script} [section.field=value ...]
+# From the repository's root{once}: {script} [section.field=value ...]
 # Three minutes before the time limit a checkpoint is saved and the job requeues itself (docs/faults.md).
 exec sbatch --nodes {nodes} --gpus-per-node {per_node} --job-name {name} --time 24:00:00 \\
   examples/slurm/train.sh {config} "$@"
 """
 
 
-def write_launch(plan: Plan, directory: Path, *, name: str) -> list[Path]:
+def write_launch(plan: Plan, directory: Path, *, tables: dict[str, Any]) -> list[Path]:
     """Write the files, having had the config read and checked for this number of ranks.
 
+    Args:
+        plan: the layout and the machine.
+        directory: of the files.
+        tables: what the run's config says by section (`config.read_tables`); the plan's layout and microbatch go in.
+
     Raises:
-        ConfigError: the config has faults; nothing of a plan should.
+        ConfigError: the config has faults; with the layout of a plan that can be one of a packed run's global batch.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    machine, config = plan.machine, plan.config
+    machine, layout = plan.machine, plan.config.parallel
     paths = [directory / each for each in ("config.toml", "submit.sh", "launch.txt")]
-    paths[0].write_text(tomli_w.dumps(_tables(plan, name=name)), encoding="utf-8")
-    read_config(paths[0], world_size=machine.num_gpus)
+    paths[0].write_text(tomli_w.dumps(_with_layout(tables, plan)), encoding="utf-8")
+    config = read_config(paths[0], world_size=machine.num_gpus)
     nodes, per_node = -(-machine.num_gpus // machine.node.num_gpus), min(machine.num_gpus, machine.node.num_gpus)
-    what = f"{name}: {config.parallel.describe(plan.data_parallel_size)} on {machine.num_gpus} x {machine.gpu.name}"
-    fields = {"what": what, "script": paths[1], "nodes": nodes, "per_node": per_node, "name": name, "config": paths[0]}
+    name = config.run.name
+    fields = {
+        "what": f"{name}: {layout.describe(plan.data_parallel_size)} on {machine.num_gpus} x {machine.gpu.name}",
+        "once": "" if config.sources else ", once config.toml names the data",
+        **{"script": paths[1], "nodes": nodes, "per_node": per_node, "name": name, "config": paths[0]},
+    }
     paths[1].write_text(SLURM.format(**fields), encoding="utf-8")
     paths[1].chmod(0o755)
     line = f"torchrun --nnodes {nodes} --nproc-per-node {per_node} --rdzv-backend c10d --rdzv-endpoint HOST:29500"
@@ -41,11 +50,7 @@ def write_launch(plan: Plan, directory: Path, *, name: str) -> list[Path]:
     return paths
 
 
-def _tables(plan: Plan, *, name: str) -> dict[str, Any]:
-    """What differs from the defaults, section by section, without what the preset says itself."""
-    tables = plan.config.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
-    for section in ("streams", "temporal", "depth"):
-        tables.pop(section, None)
-    tables["run"] = {"name": name, "directory": f"runs/{name}"}
-    tables["model"] = {**tables.get("model", {}), "preset": plan.config.model.preset}
-    return tables
+def _with_layout(tables: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    layout = plan.config.parallel.model_dump(mode="json", exclude_defaults=True)
+    training = {**tables.get("training", {}), "micro_batch_size": plan.config.training.micro_batch_size}
+    return {**tables, "parallel": layout, "training": training}

@@ -1,4 +1,4 @@
-"""A plan for people and for programs: tables, JSON, a chart of memory by stage."""
+"""Plans for people and for programs: tables, JSON, a chart of memory by stage."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megaspeech.planning import efficiency
 from megaspeech.planning.memory import RESERVED_GB
 from megaspeech.planning.search import Plan
 
@@ -90,16 +91,39 @@ def _show_time(plan: Plan, console: Console) -> None:
     console.print(table)
 
 
-def show_obvious(tries: Mapping[str, Plan], console: Console) -> None:
-    """Why what one would try first does not fit, or that it does."""
+def show_tries(tries: Mapping[str, Plan], console: Console) -> None:
+    """Why each does not fit, or that it does, and how long a step would take; by what to call them."""
     for name, plan in tries.items():
         memory, limit = plan.fullest, plan.machine.gpu.memory_gb
-        verdict = "fits" if memory.total_gb <= limit else "does not fit"
+        verdict = f"fits, {plan.time.seconds:.2f} s a step" if plan.fits else "does not fit"
         kinds = ", ".join(f"{kind} {size / 1e9:.0f}" for kind, size in memory.state.items() if size > 5e8)
         console.print(
-            f"{name}: {verdict}: {memory.total_gb:.0f} GB of {limit:.0f} with one sample a microbatch ({kinds}, "
-            f"activations {memory.activations / 1e9:.0f}, working {memory.working / 1e9:.0f})"
+            f"{name}: {verdict}: {memory.total_gb:.0f} GB of {limit:.0f} with microbatches of "
+            f"{plan.config.training.micro_batch_size} ({kinds}, activations {memory.activations / 1e9:.0f}, "
+            f"working {memory.working / 1e9:.0f})"
         )
+
+
+def show_sweep(found: Mapping[int, Plan | None], console: Console, *, audio_hours: float, frame_rate: float) -> None:
+    """How time falls with more GPUs, and what the model of time assumes; None where nothing fits."""
+    table = Table(title="the same step on more GPUs")
+    for name in ("GPUs", "step s", "frames/s", "of ideal", "MFU", f"hours for {audio_hours:,.0f} h", "layout"):
+        table.add_column(name, justify="right")
+    first = next((plan for plan in found.values() if plan), None)
+    for num_gpus, plan in found.items():
+        if plan is None:
+            table.add_row(f"{num_gpus:,}", *["-"] * 5, "none fits, or the batch cannot be shared out")
+            continue
+        time = plan.time
+        speedup = time.frames_per_second / first.time.frames_per_second
+        hours = time.hours(audio_hours, frame_rate=frame_rate)
+        rates = (f"{time.seconds:.2f}", f"{time.frames_per_second:,.0f}")
+        shares = (f"{speedup * first.machine.num_gpus / num_gpus:.0%}", f"{time.utilisation:.1%}", f"{hours:,.1f}")
+        table.add_row(f"{num_gpus:,}", *rates, *shares, plan.config.parallel.describe(plan.data_parallel_size))
+    console.print(table)
+    names = [name for name in vars(efficiency) if name.isupper()]
+    console.print("assumed: " + ", ".join(f"{name} {getattr(efficiency, name)}" for name in names))
+    console.print("not in it: stragglers, failures, checkpoints, traffic of others, latency of small messages")
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -135,6 +159,8 @@ def draw_memory(plan: Plan, path: Path) -> None:
     axes.set_xticks(range(len(rows)), [f"{i}\n{row['layers']} layers" for i, row in enumerate(rows)])
     axes.set_xlabel("pipeline stage")
     axes.set_ylabel("GB a GPU")
-    axes.set_title(f"{plan.config.parallel.describe(plan.data_parallel_size)}, {plan.machine.gpu.name}")
-    axes.legend(fontsize="small")
+    layout = plan.config.parallel.describe(plan.data_parallel_size)
+    axes.set_title(f"{layout}\non {plan.machine.num_gpus} x {plan.machine.gpu.name}", fontsize="medium")
+    axes.legend(fontsize="small", ncols=2)
+    axes.set_ylim(top=1.25 * plan.machine.gpu.memory_gb)  # room for the legend above the line
     figure.savefig(path, dpi=120)

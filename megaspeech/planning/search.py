@@ -27,6 +27,11 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
     "mlp": {"recompute_granularity": "selective", "recompute_modules": ("mlp",)},
     "full": {"recompute_granularity": "full"},
 }
+KEPT = (
+    *("grad_reduce_in_fp32", "use_distributed_optimizer"),
+    *("expert_model_parallel_size", "expert_tensor_parallel_size"),
+)
+"""Keys of `parallel` that are not looked for: as the base has them."""
 WASTE = ("tensor parallel", "context parallel", "pipeline sends", "data parallel", "depth gradients", "optimizer")
 
 
@@ -61,6 +66,11 @@ class Plan:
         return max(self.memory, key=lambda memory: memory.total_gb)
 
     @property
+    def fits(self) -> bool:
+        """Whether the fullest stage leaves a little of the GPU's memory."""
+        return self.fullest.total_gb <= MARGIN * self.machine.gpu.memory_gb
+
+    @property
     def recompute(self) -> str:
         """ "none", "mlp" or "full"."""
         parallel = self.config.parallel
@@ -81,12 +91,13 @@ def plans(base: Config, machine: Machine, *, most: int = 10) -> list[Plan]:
     """The layouts that fit, fastest first, one of each tensor, pipeline, context size and kind of data parallelism.
 
     Args:
-        base: model, precision, optimizer, `data.num_frames` and `training.global_batch_size`; its layout is replaced.
+        base: model, precision, optimizer, `data.num_frames` and `training.global_batch_size`; its layout is replaced,
+            but for KEPT.
         machine: what it is to run on.
         most: layouts to find.
     """
     bounds = [plan_of(config, machine, exact=False) for config in candidates(base, machine)]
-    fitting = [plan for plan in bounds if plan.fullest.total_gb <= MARGIN * machine.gpu.memory_gb]
+    fitting = [plan for plan in bounds if plan.fits]
     best: dict[tuple, Plan] = {}
     for bound in sorted(fitting, key=lambda plan: plan.time.seconds):
         times = sorted(plan.time.seconds for plan in best.values())
@@ -144,7 +155,8 @@ def _layouts(
     """Those of given sizes, by what they recompute, the pipeline balanced for the depth transformer."""
     sizes = {"tensor_model_parallel_size": tensor, "context_parallel_size": context, "data_parallel": kind}
     overlap = {"overlap_grad_reduce": kind == "ddp", "overlap_param_gather": kind == "ddp"}
-    sizes |= overlap | {"sequence_parallel": tensor > 1, "tp_comm_overlap": tensor > 1}
+    even = base.data.length_multiple == base.data.num_frames  # microbatches all as long, as user buffers want them
+    sizes |= overlap | {"sequence_parallel": tensor > 1, "tp_comm_overlap": tensor > 1 and even}
     pipelines = balanced_pipelines(
         base.temporal.num_layers,
         num_stages=stages,
@@ -169,11 +181,17 @@ def is_valid(config: Config, *, num_gpus: int) -> bool:
     return not cross_section_faults(sections, world_size=num_gpus)
 
 
+def without_layout(tables: dict[str, Any]) -> dict[str, Any]:
+    """A config's sections with those keys of `parallel` alone that are not looked for."""
+    parallel = tables.get("parallel", {})
+    return {**tables, "parallel": {key: value for key, value in parallel.items() if key in KEPT}}
+
+
 def _with(base: Config, *, micro: int, **keys: Any) -> Config:
-    """`base` with a microbatch and keys of `parallel`."""
-    parallel, training = type(base.parallel)(**keys), base.training.model_copy(update={"micro_batch_size": micro})
-    kept = {name: getattr(base.parallel, name) for name in ("grad_reduce_in_fp32",)}
-    return base.model_copy(update={"parallel": parallel.model_copy(update=kept), "training": training})
+    """`base` with a microbatch and keys of `parallel`, of whose own only those that are no layout stay."""
+    kept = {name: getattr(base.parallel, name) for name in KEPT}
+    training = base.training.model_copy(update={"micro_batch_size": micro})
+    return base.model_copy(update={"parallel": type(base.parallel)(**kept, **keys), "training": training})
 
 
 def _last_load(config: Config, machine: Machine) -> float:

@@ -176,10 +176,10 @@ def _bytes_by_number(config: Config) -> float:
     shape, parallel = config.temporal, config.parallel
     tensor = parallel.tensor_model_parallel_size
     width, gate = shape.hidden_size, shape.ffn_hidden_size / tensor
-    key_value = width * shape.num_query_groups / shape.num_attention_heads
+    turned = shape.head_width * (shape.num_attention_heads + shape.num_query_groups)
     whole = 2 * (2 * 2 + 3 * 2) * width / (tensor if parallel.sequence_parallel else 1)
     rounding = 6 * (3 * width / tensor + gate) if config.precision.fp8_recipe else 0
-    return whole + 4 * (width + key_value) / tensor + 6 * gate + rounding
+    return whole + 4 * turned / tensor + 6 * gate + rounding
 
 
 def _depth_bytes(config: Config) -> float:
@@ -209,7 +209,7 @@ def _context_seconds(machine: _Machine) -> float:
     size, tensor = parallel.context_parallel_size, parallel.tensor_model_parallel_size
     if size == 1:
         return 0.0
-    key_value = 2 * shape.hidden_size * shape.num_query_groups / shape.num_attention_heads / tensor
+    key_value = 2 * shape.head_width * shape.num_query_groups / tensor
     return 3 * 2 * machine.frames * (size - 1) * key_value / machine.rate(size=size, stride=tensor)
 
 

@@ -47,8 +47,26 @@ HAND = {
 """Parameters by part, worked out apart from the code: width H, L layers of gate F, A heads, G groups; D and E depth."""
 
 
-def test_moshi_7b(tmp_path: Path) -> None:
-    assert sum(count_parameters(make_config(tmp_path, preset="moshi-7b")).values()) == 7_687_729_152
+@pytest.mark.skipif(find_spec("moshi") is None, reason="moshi is not installed")
+@pytest.mark.usefixtures("one_rank")
+def test_moshi_7b_tensor_by_tensor(tmp_path: Path) -> None:
+    """The preset's model holds every tensor of Kyutai's, by name and shape, and no other; no number of it is there."""
+    from moshi_folders import packed
+
+    from megaspeech.conversion import moshi
+    from megaspeech.conversion.deferred import Deferred
+    from megaspeech.conversion.moshi_config import LEGACY
+    from megaspeech.conversion.rules import to_foreign
+    from megaspeech.streaming.runtime import import_moshi
+
+    config = make_config(tmp_path, preset="moshi-7b")
+    with torch.device("meta"):
+        model = SpeechTextModel(config, pre_process=True, post_process=True)
+        kyutai = packed(import_moshi().LMModel(**LEGACY).state_dict())
+    weights = {name: Deferred.of(tensor) for name, tensor in model.state_dict().items() if tensor is not None}
+    ours = {name: one.shape for name, one in to_foreign(weights, moshi.rules(config)).items()}
+    assert ours == {name: tuple(tensor.shape) for name, tensor in kyutai.items()}
+    assert sum(tensor.numel() for tensor in kyutai.values()) == sum(count_parameters(config).values()) == 7_687_729_152
 
 
 @pytest.mark.parametrize("preset", HAND)

@@ -99,18 +99,65 @@ def test_the_tool_writes_what_our_own_config_takes(tmp_path: Path, capsys: pytes
         "--write",
         str(tmp_path / "run"),
     ]
-    assert plan_layout.main([*arguments, *files, "--sweep", "8,16", "optimizer.lr=2e-4"]) == 0
+    assert plan_layout.main([*arguments, *files, "--sweep", "8,16", "optimizer.lr=2e-4", "temporal.num_layers=30"]) == 0
     shown = capsys.readouterr().out
     assert "layouts that fit" in shown and "not measured yet" in shown and "assumed: " in shown
     written = read_config(tmp_path / "run" / "config.toml", world_size=8)
     first = json.loads((tmp_path / "plan.json").read_text())[0]
     assert written.parallel.model_dump(mode="json", exclude_defaults=True) == first["parallel"]
-    assert written.optimizer.lr == 2e-4 and written.precision.recipe == "fp8-tensorwise"
+    assert written.run.name == "8b-8" and written.optimizer.lr == 2e-4 and written.precision.recipe == "fp8-tensorwise"
+    assert written.temporal.num_layers == 30  # what was overridden is written down
     assert "--nodes 1 --gpus-per-node 8" in (tmp_path / "run" / "submit.sh").read_text()
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+PACKED = """
+[run]
+name = "mine"
+[model]
+preset = "8b"
+[temporal]
+num_layers = 28
+[data]
+pack = true
+num_frames = 2048
+[parallel]
+tensor_model_parallel_size = 4
+sequence_parallel = true
+grad_reduce_in_fp32 = false
+[optimizer]
+use_precision_aware_optimizer = true
+[training]
+global_batch_size = 640
+micro_batch_size = 1
+[precision]
+recipe = "bf16"
+"""
+
+
+def test_a_config_of_ones_own_keeps_all_but_its_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, written = tmp_path / "mine.toml", tmp_path / "plan" / "config.toml"
+    path.write_text(PACKED)
+    arguments = ["--model", str(path), "--gpus", "16", "--gpu", "h200", "optimizer.lr=2e-4"]
+    assert plan_layout.main(arguments) == 2 and "--global-batch: " in capsys.readouterr().err
+    arguments += ["--global-batch", "64", "--write", str(written.parent)]
+    assert plan_layout.main([*arguments, "--sweep", "16,7"]) == 0
+    shown = capsys.readouterr().out
+    assert f"as {path} has it: fits" in shown and "none fits, or the batch cannot be shared out" in shown
+    own = read_config(path, ["optimizer.lr=2e-4"])
+    planned = read_config(written, world_size=16)
+    assert planned.parallel != own.parallel and not planned.parallel.grad_reduce_in_fp32
+    assert planned.parallel.context_parallel_size == 1 and planned.training.micro_batch_size == 1  # it packs
+    sizes = {"parallel": own.parallel, "training": own.training}
+    assert planned.model_copy(update=sizes) == own and planned.training.global_batch_size == 640
+    # A layout that the overridden model cannot have is left out, and no fault.
+    assert plan_layout.main([*arguments, "temporal.num_attention_heads=2", "temporal.num_query_groups=2"]) == 0
+    assert "has it" not in capsys.readouterr().out
 
 
 def test_the_tool_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     few = ["--model", "70b", "--gpus", "2", "--global-batch", "2", "--frames", "4096"]
     assert plan_layout.main(few) == 1 and "no layout fits" in capsys.readouterr().err
     assert plan_layout.main([*few, "--recipe", "fp7"]) == 2 and "precision.recipe" in capsys.readouterr().err
+    assert plan_layout.main(["--model", "9b", "--gpus", "2"]) == 2
+    assert "--model: 9b is neither a config nor a preset; these are tiny" in capsys.readouterr().err

@@ -32,6 +32,8 @@ CASES = {
     ),
     "tp2, no sequence parallel": ("parallel.tensor_model_parallel_size=2",),
     "cp2 dp6": ("parallel.context_parallel_size=2",),
+    "heads of their own width": ("temporal.kv_channels=256", "temporal.add_qkv_bias=true"),
+    "norms of queries and keys": ("temporal.qk_layernorm=true",),
     "text alone": ("streams.num_codebooks=0", f"streams.delays={[0] * 17}"),
 }
 
