@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megaspeech.benchmarks.figures import Row, by_provider
+from megaspeech.benchmarks.planned import MEMORY_WITHIN, TIME_WITHIN, off
 from megaspeech.kernels.benchmarks.aims import worst_of
 
 AIMED_AT = "set for one H200, model 8b, 16,384 frames a step or more"
@@ -44,6 +45,10 @@ def _depth(row: Row | None) -> float | None:
     return row.depth_share_of_time / row.depth_share_of_flops if row and row.parts_ms else None
 
 
+def _worst_off(*pairs: tuple[float | None, float | None]) -> float | None:
+    return max((share for pair in pairs if (share := off(*pair)) is not None), default=None)
+
+
 AIMS = (
     Aim("BF16: share of the measured matrix product's rate", 0.55, lambda bf16, _, __: bf16 and bf16.share_of_product),
     Aim("fastest FP8 recipe: times BF16", 1.4, lambda bf16, fp8, _: _times(fp8, bf16)),
@@ -53,6 +58,18 @@ AIMS = (
         "BF16: depth transformer's share of the time over its share of the FLOPs",
         1.3,
         lambda bf16, _, __: _depth(bf16),
+        is_least=False,
+    ),
+    Aim(
+        "the planner's memory, off the measured peak",
+        MEMORY_WITHIN,
+        lambda bf16, fp8, _: _worst_off(*((row.planned_bytes, row.peak_bytes) for row in (bf16, fp8) if row)),
+        is_least=False,
+    ),
+    Aim(
+        "the planner's step, off the measured time",
+        TIME_WITHIN,
+        lambda bf16, fp8, _: _worst_off(*((row.planned_ms, row.step_ms) for row in (bf16, fp8) if row)),
         is_least=False,
     ),
 )

@@ -12,6 +12,7 @@ from typing import Any
 
 from megaspeech.benchmarks.case import MOSHI, OURS, Case
 from megaspeech.benchmarks.parts import DEPTH, EMBEDDING, HEADS, TEMPORAL, TEXT
+from megaspeech.benchmarks.planned import planned_figures
 from megaspeech.benchmarks.step import Measured, quartiles
 from megaspeech.config import Config
 from megaspeech.kernels.benchmarks.rows import MEASURED
@@ -34,6 +35,7 @@ class Row:
 
     `step_ms` is the median, `tflops` are TFLOP/s, `mfu` their share of the data sheet's, `share_of_product` of a large
     matrix product measured in the same run, both in the recipe's own numbers: FP8 for an FP8 recipe, BF16 for BF16.
+    `planned_ms` and `planned_bytes` are what the planner says of our step and its peak.
     `parts_ms` are means over the steps taken apart, which they sum to; those steps' median is `step_by_part_ms`.
     The depth transformer's shares are of the two passes, heads and their losses included; the optimizer is in neither.
     """
@@ -46,6 +48,7 @@ class Row:
     sample_frames: int
     micro_batch_size: int
     status: str
+    overrides: tuple[str, ...] = ()
     num_parameters: int | None = None
     step_ms: float | None = None
     quartiles_ms: tuple[float, float] | None = None
@@ -55,6 +58,8 @@ class Row:
     mfu: float | None = None
     share_of_product: float | None = None
     peak_bytes: int | None = None
+    planned_ms: float | None = None
+    planned_bytes: int | None = None
     last_loss: float | None = None
     step_by_part_ms: float | None = None
     quartiles_by_part_ms: tuple[float, float] | None = None
@@ -96,6 +101,7 @@ def row_of(case: Case, config: Config, outcome: Measured | str, *, floors: dict[
         "frames": step_frames(config),
         "sample_frames": config.data.num_frames,
         "micro_batch_size": config.training.micro_batch_size,
+        "overrides": case.overrides,
     }
     if isinstance(outcome, str):
         return Row(**sizes, status=outcome)
@@ -106,6 +112,7 @@ def row_of(case: Case, config: Config, outcome: Measured | str, *, floors: dict[
         num_parameters=outcome.num_parameters,
         quartiles_ms=(1e3 * low, 1e3 * high),
         peak_bytes=outcome.peak_bytes,
+        **(planned_figures(config, gpu=gpu) if case.provider == OURS else {}),
         last_loss=outcome.losses[-1],
         **_rates_of(config, median, floors=floors, gpu=gpu),
         **_by_part(outcome.parts_ms, flops=count_flops(config, num_frames=config.data.num_frames)),

@@ -21,7 +21,10 @@ from megaspeech.model.counting import count_flops, count_parameters
 from megaspeech.planning.gpus import GPUS
 from megaspeech.planning.memory import state_bytes
 
-HEADER = ("layers", "", "frames/s", "x real time", "step ms (quartiles)", "TFLOP/s", "MFU", "of product", "peak GB")
+HEADER = (
+    *("layers", "", "frames/s", "x real time", "step ms (quartiles)", "planned ms", "TFLOP/s", "MFU", "of product"),
+    *("peak GB", "planned GB"),
+)
 PARTS_HEADER = ("layers", "", *PARTS, "sum", "median (quartiles)", "depth: time, FLOPs")
 AIMS_HEADER = ("aim", "bound", "worst", "layers", "verdict")
 WHAT = {
@@ -113,9 +116,10 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row.frames_per_second:,.0f}",
         f"{row.x_real_time:,.0f}",
         f"{row.step_ms:,.1f} ({_quartiles(row)})",
+        "-" if row.planned_ms is None else f"{row.planned_ms:,.1f}",
         f"{row.tflops:,.1f}",
         *("-" if share is None else f"{share:.1%}" for share in (row.mfu, row.share_of_product)),
-        "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.1f}",
+        *("-" if size is None else f"{size / 1e9:.1f}" for size in (row.peak_bytes, row.planned_bytes)),
     )
 
 

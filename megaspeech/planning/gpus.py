@@ -15,6 +15,7 @@ class Gpu:
     `device_name` is what torch reports of it. Rates are in TFLOP/s, bandwidth in GB/s and memory in GB of 10^9 bytes;
     None where the chip has no such products, or no source was found. `key` is what commands call it; `nvlink` is in
     GB/s in each direction, all links together, and `watts` the most that the board takes, both of the same data sheets.
+    Drivers report some 7% more memory than these GB (an H200's 141 are 139 GiB): a margin, until it is measured.
     """
 
     name: str

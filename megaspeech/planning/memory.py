@@ -63,9 +63,14 @@ class StageMemory:
     working: int
 
     @property
+    def allocated(self) -> int:
+        """Bytes of tensors at the worst moment: what `torch.cuda.max_memory_allocated` is to say."""
+        return sum(self.state.values()) + self.activations + self.working
+
+    @property
     def total_gb(self) -> float:
         """In GB of 10^9 bytes, with what is reserved for others."""
-        return (sum(self.state.values()) + self.activations + self.working) / 1e9 + RESERVED_GB
+        return self.allocated / 1e9 + RESERVED_GB
 
 
 def stage_memory(config: Config, *, data_parallel_size: int, layer_kind: str) -> list[StageMemory]:

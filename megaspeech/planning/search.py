@@ -11,7 +11,7 @@ from megaspeech.config import Config
 from megaspeech.config.checks import cross_section_faults
 from megaspeech.config.schema import SECTIONS
 from megaspeech.data.batch import frame_multiple
-from megaspeech.planning.activations import TRANSFORMER_ENGINE
+from megaspeech.planning.activations import LOCAL, TRANSFORMER_ENGINE
 from megaspeech.planning.balance import balanced_pipelines
 from megaspeech.planning.efficiency import MARGIN
 from megaspeech.planning.gpus import Gpu
@@ -117,7 +117,8 @@ def plan_of(config: Config, machine: Machine, *, exact: bool = True) -> Plan:
     """What a config takes on a machine, whether or not it fits; `exact` as in `step_time`."""
     parallel = config.parallel
     sizes = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
-    memory = stage_memory(config, data_parallel_size=machine.num_gpus // sizes, layer_kind=TRANSFORMER_ENGINE)
+    layers = LOCAL if config.model.transformer_impl == LOCAL else TRANSFORMER_ENGINE
+    memory = stage_memory(config, data_parallel_size=machine.num_gpus // sizes, layer_kind=layers)
     gpus = {"gpu": machine.gpu, "node": machine.node, "num_gpus": machine.num_gpus}
     time = step_time(config, memory, **gpus, exact=exact)
     return Plan(config, machine, tuple(memory), time)
