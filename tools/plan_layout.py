@@ -52,7 +52,7 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
     audio = {"audio_hours": options.audio_hours, "frame_rate": options.frame_rate}
     plan_report.show(found, console, **audio)
     if options.json:
-        options.json.write_text(json.dumps([plan_report.as_json(plan) for plan in found], indent=1) + "\n")
+        options.json.write_text(json.dumps([plan_report.as_json(plan, **audio) for plan in found], indent=1) + "\n")
     if options.chart:
         plan_report.draw_memory(found[0], options.chart)
     if options.write:

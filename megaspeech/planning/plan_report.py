@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megaspeech.model.counting import count_parameters
 from megaspeech.planning import efficiency
 from megaspeech.planning.memory import RESERVED_GB
 from megaspeech.planning.search import Plan
@@ -17,7 +18,13 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "working", "reserve
 
 
 def show(plans: Sequence[Plan], console: Console, *, audio_hours: float, frame_rate: float) -> None:
-    """The layouts, then the first one's memory by stage and time by part."""
+    """What a step computes, the layouts, then the first one's memory by stage and time by part."""
+    first = plans[0]
+    parameters = sum(count_parameters(first.config).values())
+    console.print(
+        f"{parameters / 1e9:,.2f} billion parameters, {first.time.flops / 1e15:,.2f} PFLOP a step of "
+        f"{first.time.frames:,} frames, forward and backward"
+    )
     table = Table(title="layouts that fit, fastest first")
     for name in ("", "tp", "pp", "virtual", "cp", "dp", "data", "micro", "recompute", "step s", "frames/s", "MFU"):
         table.add_column(name, justify="right")
@@ -26,16 +33,21 @@ def show(plans: Sequence[Plan], console: Console, *, audio_hours: float, frame_r
     for number, plan in enumerate(plans, start=1):
         table.add_row(str(number), *_cells(plan))
     console.print(table)
-    first = plans[0]
     _show_memory(first, console)
     _show_time(first, console)
-    hours = first.time.hours(audio_hours, frame_rate=frame_rate)
-    energy = hours * first.machine.num_gpus * first.machine.gpu.watts / 1e6
+    costs = _costs(first, audio_hours=audio_hours, frame_rate=frame_rate)
     console.print(
-        f"Layout 1 trains once over {audio_hours:,.0f} hours of audio in {hours:,.1f} hours: "
-        f"{hours * first.machine.num_gpus:,.0f} GPU-hours, at most {energy:,.2f} MWh in the GPUs alone."
+        f"Layout 1 trains once over {audio_hours:,.0f} hours of audio in {costs['hours']:,.1f} hours: "
+        f"{costs['gpu_hours']:,.0f} GPU-hours, at most {costs['mwh']:,.2f} MWh in the GPUs alone."
     )
     console.print("Times are a model's, with assumed efficiencies (planning/efficiency.py): not measured yet.")
+
+
+def _costs(plan: Plan, *, audio_hours: float, frame_rate: float) -> dict[str, float]:
+    """Of training once over so much audio; energy as if every GPU drew all that its board may."""
+    hours = plan.time.hours(audio_hours, frame_rate=frame_rate)
+    gpu_hours = hours * plan.machine.num_gpus
+    return {"hours": hours, "gpu_hours": gpu_hours, "mwh": gpu_hours * plan.machine.gpu.watts / 1e6}
 
 
 def _cells(plan: Plan) -> list[str]:
@@ -126,13 +138,15 @@ def show_sweep(found: Mapping[int, Plan | None], console: Console, *, audio_hour
     console.print("not in it: stragglers, failures, checkpoints, traffic of others, latency of small messages")
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
-    """Everything of a plan that was counted."""
+def as_json(plan: Plan, *, audio_hours: float, frame_rate: float) -> dict[str, Any]:
+    """Everything of a plan that was counted; `parameters` are those of a GPU of each stage."""
     return {
         "parallel": plan.config.parallel.model_dump(mode="json", exclude_defaults=True),
         "data_parallel_size": plan.data_parallel_size,
         "micro_batch_size": plan.config.training.micro_batch_size,
         "recipe": plan.config.precision.recipe,
+        "parameters": [sum(memory.parameters.values()) for memory in plan.memory],
+        "flops": plan.time.flops,
         "memory_gb": memory_rows(plan),
         "seconds": plan.time.parts,
         "step_seconds": plan.time.seconds,
@@ -140,6 +154,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "utilisation": plan.time.utilisation,
         "bubble": plan.time.bubble,
         "limited_by": plan.limit,
+        "audio_hours": audio_hours,
+        **_costs(plan, audio_hours=audio_hours, frame_rate=frame_rate),
     }
 
 

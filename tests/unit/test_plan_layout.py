@@ -104,6 +104,7 @@ def test_the_tool_writes_what_our_own_config_takes(tmp_path: Path, capsys: pytes
     assert "layouts that fit" in shown and "not measured yet" in shown and "assumed: " in shown
     written = read_config(tmp_path / "run" / "config.toml", world_size=8)
     first = json.loads((tmp_path / "plan.json").read_text())[0]
+    assert first["gpu_hours"] == 8 * first["hours"] and first["flops"] > 6 * sum(first["parameters"]) * 64 * 2048 / 2
     assert written.parallel.model_dump(mode="json", exclude_defaults=True) == first["parallel"]
     assert written.run.name == "8b-8" and written.optimizer.lr == 2e-4 and written.precision.recipe == "fp8-tensorwise"
     assert written.temporal.num_layers == 30  # what was overridden is written down
