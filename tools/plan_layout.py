@@ -26,6 +26,7 @@ from megaspeech.planning import plan_report
 from megaspeech.planning.gpus import GPUS
 from megaspeech.planning.launch_files import write_launch
 from megaspeech.planning.nodes import find_node
+from megaspeech.planning.plan_chart import draw
 from megaspeech.planning.search import Machine, Plan, is_valid, obvious, plan_of, plans, without_layout
 
 
@@ -53,15 +54,15 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
     plan_report.show(found, console, **audio)
     if options.json:
         options.json.write_text(json.dumps([plan_report.as_json(plan, **audio) for plan in found], indent=1) + "\n")
-    if options.chart:
-        plan_report.draw_memory(found[0], options.chart)
     if options.write:
         for path in write_launch(found[0], options.write, tables=tables):
             console.print(f"written: {path}")
-    if options.sweep:
-        machines = [_machine(options, num_gpus=num_gpus) for num_gpus in options.sweep]
-        best = {machine.num_gpus: next(iter(plans(base, machine, most=1)), None) for machine in machines}
-        plan_report.show_sweep(best, console, **audio)
+    machines = [_machine(options, num_gpus=num_gpus) for num_gpus in options.sweep]
+    sweep = {machine.num_gpus: next(iter(plans(base, machine, most=1)), None) for machine in machines}
+    if sweep:
+        plan_report.show_sweep(sweep, console, **audio)
+    if options.chart:
+        draw(found[0], sweep, options.chart)
     return 0
 
 
@@ -79,9 +80,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--audio-hours", type=float, default=1e6, help="to train on once")
     parser.add_argument("--frame-rate", type=float, default=12.5, help="frames a second of audio")
     parser.add_argument("--json", type=Path, help="write all figures here")
-    parser.add_argument("--chart", type=Path, help="draw the first layout's memory by stage here")
+    parser.add_argument("--chart", type=Path, help="draw the first layout's memory by stage here, and the sweep")
     parser.add_argument("--write", type=Path, metavar="DIR", help="write what submits the first layout")
-    parser.add_argument("--sweep", type=_numbers, metavar="N,...", help="numbers of GPUs to compare")
+    parser.add_argument("--sweep", type=_numbers, default=[], metavar="N,...", help="numbers of GPUs to compare")
     return parser.parse_intermixed_args(arguments)
 
 

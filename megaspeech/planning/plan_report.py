@@ -1,9 +1,8 @@
-"""Plans for people and for programs: tables, JSON, a chart of memory by stage."""
+"""Plans for people and for programs: tables and JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -116,26 +115,31 @@ def show_tries(tries: Mapping[str, Plan], console: Console) -> None:
         )
 
 
-def show_sweep(found: Mapping[int, Plan | None], console: Console, *, audio_hours: float, frame_rate: float) -> None:
+def show_sweep(sweep: Mapping[int, Plan | None], console: Console, *, audio_hours: float, frame_rate: float) -> None:
     """How time falls with more GPUs, and what the model of time assumes; None where nothing fits."""
     table = Table(title="the same step on more GPUs")
     for name in ("GPUs", "step s", "frames/s", "of ideal", "MFU", f"hours for {audio_hours:,.0f} h", "layout"):
         table.add_column(name, justify="right")
-    first = next((plan for plan in found.values() if plan), None)
-    for num_gpus, plan in found.items():
+    shares_of_ideal = of_ideal(sweep)
+    for num_gpus, plan in sweep.items():
         if plan is None:
             table.add_row(f"{num_gpus:,}", *["-"] * 5, "none fits, or the batch cannot be shared out")
             continue
         time = plan.time
-        speedup = time.frames_per_second / first.time.frames_per_second
         hours = time.hours(audio_hours, frame_rate=frame_rate)
         rates = (f"{time.seconds:.2f}", f"{time.frames_per_second:,.0f}")
-        shares = (f"{speedup * first.machine.num_gpus / num_gpus:.0%}", f"{time.utilisation:.1%}", f"{hours:,.1f}")
+        shares = (f"{shares_of_ideal[num_gpus]:.0%}", f"{time.utilisation:.1%}", f"{hours:,.1f}")
         table.add_row(f"{num_gpus:,}", *rates, *shares, plan.config.parallel.describe(plan.data_parallel_size))
     console.print(table)
     names = [name for name in vars(efficiency) if name.isupper()]
     console.print("assumed: " + ", ".join(f"{name} {getattr(efficiency, name)}" for name in names))
     console.print("not in it: stragglers, failures, checkpoints, traffic of others, latency of small messages")
+
+
+def of_ideal(sweep: Mapping[int, Plan | None]) -> dict[int, float]:
+    """Frames a second and GPU over those of the first number of GPUs that fits, where something does."""
+    rates = {num_gpus: plan.time.frames_per_second / num_gpus for num_gpus, plan in sweep.items() if plan}
+    return {num_gpus: rate / next(iter(rates.values())) for num_gpus, rate in rates.items()}
 
 
 def as_json(plan: Plan, *, audio_hours: float, frame_rate: float) -> dict[str, Any]:
@@ -157,26 +161,3 @@ def as_json(plan: Plan, *, audio_hours: float, frame_rate: float) -> dict[str, A
         "audio_hours": audio_hours,
         **_costs(plan, audio_hours=audio_hours, frame_rate=frame_rate),
     }
-
-
-def draw_memory(plan: Plan, path: Path) -> None:
-    """Bars of memory by stage, the GPU's own as a line; PNG, or what the suffix says."""
-    from matplotlib.figure import Figure
-
-    rows = memory_rows(plan)
-    figure = Figure(figsize=(max(5, 1 + 0.7 * len(rows)), 4), layout="constrained")
-    axes = figure.add_subplot()
-    below = [0.0] * len(rows)
-    for part in PARTS:
-        heights = [row[part] for row in rows]
-        axes.bar(range(len(rows)), heights, bottom=below, label=part)
-        below = [sum(pair) for pair in zip(below, heights, strict=True)]
-    axes.axhline(plan.machine.gpu.memory_gb, color="black", linestyle="--", linewidth=1)
-    axes.set_xticks(range(len(rows)), [f"{i}\n{row['layers']} layers" for i, row in enumerate(rows)])
-    axes.set_xlabel("pipeline stage")
-    axes.set_ylabel("GB a GPU")
-    layout = plan.config.parallel.describe(plan.data_parallel_size)
-    axes.set_title(f"{layout}\non {plan.machine.num_gpus} x {plan.machine.gpu.name}", fontsize="medium")
-    axes.legend(fontsize="small", ncols=2)
-    axes.set_ylim(top=1.25 * plan.machine.gpu.memory_gb)  # room for the legend above the line
-    figure.savefig(path, dpi=120)
