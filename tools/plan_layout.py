@@ -14,20 +14,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from megaspeech.config import Config, ConfigError, config_of, read_tables
 from megaspeech.config.presets import PRESETS
 from megaspeech.planning import plan_report
+from megaspeech.planning.asked import Asked
 from megaspeech.planning.gpus import GPUS
 from megaspeech.planning.launch_files import write_launch
 from megaspeech.planning.nodes import find_node
 from megaspeech.planning.plan_chart import draw
-from megaspeech.planning.search import Machine, Plan, is_valid, obvious, plan_of, plans, without_layout
+from megaspeech.planning.search import Machine, obvious, plans, require_plannable
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,11 +40,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _plan(options: argparse.Namespace, console: Console) -> int:
-    tables, machine = _tables(options), _machine(options, num_gpus=options.gpus)
-    base = _base(without_layout(tables), options)
-    own = {} if options.model in PRESETS else _own(tables, options, machine)
-    plan_report.show_tries(own | obvious(base, machine), console)
-    found = plans(base, machine, most=options.best)
+    machine = _machine(options, num_gpus=options.gpus)
+    given = {
+        "data.num_frames": options.frames,
+        "training.global_batch_size": options.global_batch,
+        "precision.recipe": options.recipe,
+    }
+    asked = Asked.read(options.model, given, options.overrides, name=f"{options.model}-{options.gpus}")
+    require_plannable(asked.base, machine)
+    own = {f"as {options.model} has it": asked.own_plan(machine)} if options.model not in PRESETS else {}
+    plan_report.show_tries(own | obvious(asked.base, machine), console)
+    found = plans(asked.base, machine, most=options.best)
     if not found:
         print("plan_layout: no layout fits; take more GPUs, or fewer bits (docs/speed_and_memory.md)", file=sys.stderr)
         return 1
@@ -55,10 +59,10 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
     if options.json:
         options.json.write_text(json.dumps([plan_report.as_json(plan, **audio) for plan in found], indent=1) + "\n")
     if options.write:
-        for path in write_launch(found[0], options.write, tables=tables):
+        for path in write_launch(found[0], options.write, tables=asked.tables):
             console.print(f"written: {path}")
     machines = [_machine(options, num_gpus=num_gpus) for num_gpus in options.sweep]
-    sweep = {machine.num_gpus: next(iter(plans(base, machine, most=1)), None) for machine in machines}
+    sweep = {machine.num_gpus: next(iter(plans(asked.base, machine, most=1)), None) for machine in machines}
     if sweep:
         plan_report.show_sweep(sweep, console, **audio)
     if options.chart:
@@ -70,13 +74,15 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="of the config")
     parser.add_argument("--model", required=True, help=f"a preset ({', '.join(PRESETS)}) or a run's config.toml")
-    parser.add_argument("--gpus", type=int, required=True, help="in all")
+    parser.add_argument("--gpus", type=_positive, required=True, help="in all")
     parser.add_argument("--gpu", choices=[gpu.key for gpu in GPUS], default="h100-80gb")
-    parser.add_argument("--gpus-per-node", type=int, default=8)
-    parser.add_argument("--global-batch", type=int, help="samples a step; of a packed run, rows (512, or the config's)")
-    parser.add_argument("--frames", type=int, help="of every sample (4096, or the config's)")
+    parser.add_argument("--gpus-per-node", type=_positive, default=8)
+    parser.add_argument(
+        "--global-batch", type=_positive, help="samples a step; of a packed run, rows (512, or the config's)"
+    )
+    parser.add_argument("--frames", type=_positive, help="of every sample (4096, or the config's)")
     parser.add_argument("--recipe", help="precision.recipe (bf16, or the config's)")
-    parser.add_argument("--best", type=int, default=10, help="layouts to show")
+    parser.add_argument("--best", type=_positive, default=10, help="layouts to show")
     parser.add_argument("--audio-hours", type=float, default=1e6, help="to train on once")
     parser.add_argument("--frame-rate", type=float, default=12.5, help="frames a second of audio")
     parser.add_argument("--json", type=Path, help="write all figures here")
@@ -86,58 +92,19 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
+
+
 def _numbers(text: str) -> list[int]:
-    return [int(each) for each in text.split(",")]
+    return [_positive(each) for each in text.split(",")]
 
 
 def _machine(options: argparse.Namespace, *, num_gpus: int) -> Machine:
     gpu = next(gpu for gpu in GPUS if gpu.key == options.gpu)
     return Machine(gpu, find_node(options.gpus_per_node), num_gpus)
-
-
-def _tables(options: argparse.Namespace) -> dict[str, Any]:
-    """What the run's config says, by section: the file's or the preset's, with the options and overrides."""
-    frames, batch, recipe, own = options.frames, options.global_batch, options.recipe, []
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(options.model)
-        if options.model in PRESETS:
-            path, name = Path(directory, "config.toml"), f"{options.model}-{options.gpus}"
-            path.write_text(f'[model]\npreset = "{options.model}"\nkernels = "triton"\n')
-            frames, batch, recipe = frames or 4096, batch or 512, recipe or "bf16"
-            own = [f"run.name={name}", f"run.directory=runs/{name}", f"data.length_multiple={frames}"]
-            own += ["training.micro_batch_size=1"]
-        elif not path.is_file():
-            raise ValueError(
-                f"--model: {options.model} is neither a config nor a preset; these are {', '.join(PRESETS)}"
-            )
-        elif read_tables(path, options.overrides).get("data", {}).get("pack"):
-            batch = None  # rows; the config counts the samples in them
-        given = {"data.num_frames": frames, "training.global_batch_size": batch, "precision.recipe": recipe}
-        given = [f"{key}={value}" for key, value in given.items() if value is not None]
-        return read_tables(path, [*own, *given, *options.overrides])
-
-
-def _base(tables: dict[str, Any], options: argparse.Namespace) -> Config:
-    """The config as it is planned for: of a packed run, a step of so many full rows."""
-    config = config_of(tables, source=options.model)
-    if not config.data.pack:
-        return config
-    if options.global_batch is None:
-        raise ValueError(
-            f"--global-batch: {options.model} packs its samples (data.pack); give the rows that a step comes to: "
-            "training.global_batch_size x mean frames of a sample / data.num_frames"
-        )
-    training = config.training.model_copy(update={"global_batch_size": options.global_batch})
-    return config.model_copy(update={"training": training})
-
-
-def _own(tables: dict[str, Any], options: argparse.Namespace, machine: Machine) -> dict[str, Plan]:
-    """The layout that the config has, where it is one for this machine and what was overridden."""
-    try:
-        config = _base(tables, options)
-    except ConfigError:
-        return {}
-    return {f"as {options.model} has it": plan_of(config, machine)} if is_valid(config, num_gpus=options.gpus) else {}
 
 
 if __name__ == "__main__":

@@ -28,6 +28,11 @@ class Gpu:
     key: str = ""
     nvlink: float = 0.0
     watts: float = 0.0
+    has_mxfp8: bool = False
+
+    def has(self, fp8_recipe: str | None) -> bool:
+        """Whether it multiplies as the recipe wants (`config.precision.fp8_recipe`; None: BF16)."""
+        return not fp8_recipe or (self.has_mxfp8 if fp8_recipe == "mxfp8" else self.fp8_tflops is not None)
 
 
 GPUS = (
@@ -56,7 +61,7 @@ GPUS = (
     Gpu("H200 SXM", "NVIDIA H200", 989.4, 1978.9, 4800.0, 141.0, "NVIDIA H200 data sheet, 2024", "h200", 450, 700),
     Gpu(
         *("B200", "NVIDIA B200", 2250.0, 4500.0, 8000.0, 180.0),
-        *("NVIDIA DGX B200 data sheet, 2024: an eighth of it", "b200", 900, 1000),
+        *("NVIDIA DGX B200 data sheet, 2024: an eighth of it", "b200", 900, 1000, True),
     ),
 )
 

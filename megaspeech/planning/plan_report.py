@@ -102,9 +102,12 @@ def _show_time(plan: Plan, console: Console) -> None:
     console.print(table)
 
 
-def show_tries(tries: Mapping[str, Plan], console: Console) -> None:
+def show_tries(tries: Mapping[str, Plan | None], console: Console) -> None:
     """Why each does not fit, or that it does, and how long a step would take; by what to call them."""
     for name, plan in tries.items():
+        if plan is None:
+            console.print(f"{name}: sizes or the global batch cannot be shared out so")
+            continue
         memory, limit = plan.fullest, plan.machine.gpu.memory_gb
         verdict = f"fits, {plan.time.seconds:.2f} s a step" if plan.fits else "does not fit"
         kinds = ", ".join(f"{kind} {size / 1e9:.0f}" for kind, size in memory.state.items() if size > 5e8)

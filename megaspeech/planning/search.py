@@ -124,15 +124,31 @@ def plan_of(config: Config, machine: Machine, *, exact: bool = True) -> Plan:
     return Plan(config, machine, tuple(memory), time)
 
 
-def obvious(base: Config, machine: Machine) -> dict[str, Plan]:
-    """What one would try first: replicas alone, a node's GPUs sharing each layer, and FSDP over all."""
-    node = min(machine.node.num_gpus, machine.num_gpus)
+def require_plannable(base: Config, machine: Machine) -> None:
+    """Raise ValueError, naming the key and the remedy, where no layout at all could run."""
+    recipe, frames = base.precision.recipe, base.data.num_frames
+    if not machine.gpu.has(base.precision.fp8_recipe):
+        raise ValueError(f'precision.recipe: the {machine.gpu.name} has no products of "{recipe}"; use "bf16"')
+    alone = base.model_copy(update={"data": base.data.model_copy(update={"length_multiple": 1})})
+    if frames % (multiple := frame_multiple(alone)):
+        padded = frames + -frames % multiple
+        raise ValueError(f"data.num_frames: {recipe} pads {frames} to a multiple of {multiple}; plan with {padded}")
+
+
+def obvious(base: Config, machine: Machine) -> dict[str, Plan | None]:
+    """What one would try first: replicas alone, a node's GPUs sharing each layer, and FSDP over all; None where that is
+    no layout of this model on so many GPUs."""
+    node = max(size for size in SIZES if size <= machine.node.num_gpus and machine.num_gpus % size == 0)
     tries = {
         "replicas alone": {},
         f"tensor {node}, no pipeline": {"tensor_model_parallel_size": node, "sequence_parallel": node > 1},
         "FSDP alone": {"data_parallel": "fsdp2"},
     }
-    return {name: plan_of(_with(base, micro=1, **keys), machine) for name, keys in tries.items()}
+    configs = {name: _with(base, micro=1, **keys) for name, keys in tries.items()}
+    return {
+        name: plan_of(config, machine) if is_valid(config, num_gpus=machine.num_gpus) else None
+        for name, config in configs.items()
+    }
 
 
 def candidates(base: Config, machine: Machine) -> Iterator[Config]:
@@ -180,12 +196,6 @@ def is_valid(config: Config, *, num_gpus: int) -> bool:
         return False  # `parallel.fsdp2.shard_axis`
     sections = {name: getattr(config, name) for name in SECTIONS}
     return not cross_section_faults(sections, world_size=num_gpus)
-
-
-def without_layout(tables: dict[str, Any]) -> dict[str, Any]:
-    """A config's sections with those keys of `parallel` alone that are not looked for."""
-    parallel = tables.get("parallel", {})
-    return {**tables, "parallel": {key: value for key, value in parallel.items() if key in KEPT}}
 
 
 def _with(base: Config, *, micro: int, **keys: Any) -> Config:

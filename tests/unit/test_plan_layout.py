@@ -153,7 +153,7 @@ def test_a_config_of_ones_own_keeps_all_but_its_layout(tmp_path: Path, capsys: p
     assert planned.model_copy(update=sizes) == own and planned.training.global_batch_size == 640
     # A layout that the overridden model cannot have is left out, and no fault.
     assert plan_layout.main([*arguments, "temporal.num_attention_heads=2", "temporal.num_query_groups=2"]) == 0
-    assert "has it" not in capsys.readouterr().out
+    assert f"as {path} has it: sizes or the global batch cannot be shared out so" in capsys.readouterr().out
 
 
 def test_the_tool_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,3 +162,18 @@ def test_the_tool_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None
     assert plan_layout.main([*few, "--recipe", "fp7"]) == 2 and "precision.recipe" in capsys.readouterr().err
     assert plan_layout.main(["--model", "9b", "--gpus", "2"]) == 2
     assert "--model: 9b is neither a config nor a preset; these are tiny" in capsys.readouterr().err
+    for arguments, words in (
+        (["--recipe", "mxfp8"], 'the H100 SXM 80 GB has no products of "mxfp8"; use "bf16"'),
+        (["--recipe", "fp8-delayed", "--gpu", "a100"], "the A100 SXM 80 GB has no products"),
+        (
+            ["--recipe", "fp8-blockwise", "--frames", "4097"],
+            "data.num_frames: fp8-blockwise pads 4097 to a multiple of 128; plan with 4224",
+        ),
+    ):
+        assert plan_layout.main([*few, *arguments]) == 2 and words in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        plan_layout.main(["--model", "8b", "--gpus", "0"])
+    assert "0 is not positive" in capsys.readouterr().err
+    plan_layout.main(["--model", "8b", "--gpus", "12", "--gpu", "h200", "--global-batch", "12", "--best", "1"])
+    shown = capsys.readouterr().out
+    assert "tensor 4, no pipeline: " in shown and "FSDP alone: sizes or the global batch cannot" in shown
