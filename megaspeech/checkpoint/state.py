@@ -31,11 +31,8 @@ FULLY_SHARDED = (FullyShardedChunk, MegatronShardedChunk)
 def metadata() -> dict[str, Any]:
     """What megatron-core's `sharded_state_dict` methods want to know about the format."""
     return {
-        "chained_optim_avoid_prefix": True,
         "singleton_local_shards": False,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-        # The distributed optimizer's state by parameter, not by rank; megatron-core's default loads on one layout only.
-        "distrib_optim_sharding_type": "fully_reshardable",
     }
 
 
@@ -48,10 +45,9 @@ def model_state(wrapped: Wrapped) -> dict[str, Any]:
 def run_state(wrapped: Wrapped, *, step: int, is_loading: bool = False) -> dict[str, Any]:
     """Everything that goes on. The data position is the step: batches are a function of it (`data.mixture`)."""
     state, places = _model_and_places(wrapped)
-    options = {"places": places, "metadata": metadata(), "is_loading": is_loading}
     return {
         "model": _in_precision_of(wrapped, state),
-        "optimizer": optimizer_state(wrapped.optimizer, state, **options),
+        "optimizer": optimizer_state(wrapped.optimizer, places=places, is_loading=is_loading),
         "scheduler": wrapped.scheduler.state_dict(),
         "step": step,
     }
