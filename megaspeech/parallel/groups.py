@@ -51,7 +51,7 @@ def initialise(parallel: ParallelSection, *, seed: int, timeout: float = 600.0) 
         timeout: seconds after which a collective that waits for a lost rank gives up.
     """
     join(parallel, timeout=timeout)
-    return build_grid(parallel, seed=seed)
+    return build_grid(parallel, seed=seed, timeout=timeout)
 
 
 def join(parallel: ParallelSection, *, timeout: float = 600.0) -> None:
@@ -75,8 +75,11 @@ def join(parallel: ParallelSection, *, timeout: float = 600.0) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
 
 
-def build_grid(parallel: ParallelSection, *, seed: int) -> Grid:
-    """megatron-core's groups of a layout, and its random states; after `remove_grid` another layout's."""
+def build_grid(parallel: ParallelSection, *, seed: int, timeout: float = 600.0) -> Grid:
+    """megatron-core's groups of a layout, and its random states; after `remove_grid` another layout's.
+
+    `timeout` as for `initialise`: each group has its own, which megatron-core sets to 30 minutes.
+    """
     parallel_state.initialize_model_parallel(
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
@@ -84,6 +87,7 @@ def build_grid(parallel: ParallelSection, *, seed: int) -> Grid:
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_size,
+        distributed_timeout_minutes=timeout / 60,
         create_gloo_process_groups=dist.get_backend() != "fake",  # of `fake_ranks`, which send nothing
     )
     # Every stage draws its own layers, as megatron's training does; the ranks of a stage share the host's draws.
