@@ -51,7 +51,7 @@ def _precision(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
             '= "ddp"; set it false'
         )
     if precision.fp8_param_gather and precision.recipe == "mxfp8" and sections["parallel"].overlap_param_gather:
-        # Through the gradients' memory, zeroed before the forward pass gathers (megatron-core 0.16.1, optimizer.py:579).
+        # Through the memory of the gradients, zeroed before the forward pass gathers (megatron-core, optimizer.py:579).
         yield 'parallel.overlap_param_gather: cannot gather FP8 weights of "mxfp8"; set it, or fp8_param_gather, false'
     if precision.fp8_recipe is None:
         if precision.shadow_interval:

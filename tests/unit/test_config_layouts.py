@@ -75,7 +75,7 @@ AWARE = "optimizer.use_precision_aware_optimizer=true"
             [OVERLAP, "parallel.overlap_param_gather=true", "parallel.use_distributed_optimizer=false"],
             "parallel.overlap_param_gather: needs overlap_grad_reduce and use_distributed_optimizer",
         ),
-        (["parallel.grad_reduce_in_fp32=false"], "gradients in BF16 need optimizer.use_precision_aware_optimizer"),
+        (["parallel.grad_reduce_in_fp32=false"], "false needs optimizer.use_precision_aware_optimizer"),
         ([AWARE, "parallel.grad_reduce_in_fp32=false", "optimizer.exp_avg_dtype=bf16"], None),
         ([AWARE, "parallel.data_parallel=fsdp2"], "optimizer.use_precision_aware_optimizer: needs parallel.use_dist"),
         (["optimizer.exp_avg_sq_dtype=fp8"], 'optimizer.exp_avg_sq_dtype: "fp8" needs use_precision_aware_optimizer'),
