@@ -61,7 +61,8 @@ def join(parallel: ParallelSection, *, timeout: float = 600.0) -> None:
         # gathers must overlap and forbid it.
         if parallel.tensor_model_parallel_size > 1 and parallel.data_parallel == "ddp":
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        # One alone is seen by each task of `srun --gpus-per-task 1`.
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         backend = "nccl"
     else:
         host.enable()
