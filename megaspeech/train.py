@@ -70,13 +70,12 @@ def _refuse(message: str, signals: StopSignals) -> int:
 def _train(config: Config, signals: StopSignals) -> int:
     from megaspeech.parallel import failure, groups
     from megaspeech.parallel.launch import REQUEUE
-    from megaspeech.parallel.watchdog import Watchdog
+    from megaspeech.parallel.watchdog import Watchdog, collective_timeout
     from megaspeech.training.trainer import Trainer
 
     try:
-        # The watchdog names a rank that hangs; only then may a collective give up.
         limit = config.training.hang_timeout
-        grid = groups.initialise(config.parallel, seed=config.run.seed, timeout=2 * limit + 60)
+        grid = groups.initialise(config.parallel, seed=config.run.seed, timeout=collective_timeout(limit))
         with Watchdog(directory=config.run.directory, timeout=limit) as watchdog:
             is_done = Trainer(config, grid=grid, signals=signals, watchdog=watchdog).run()
     except Exception as error:

@@ -89,7 +89,7 @@ def build_grid(parallel: ParallelSection, *, seed: int, timeout: float = 600.0) 
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_size,
         distributed_timeout_minutes=timeout / 60,
-        create_gloo_process_groups=dist.get_backend() != "fake",  # of `fake_ranks`, which send nothing
+        create_gloo_process_groups=False,  # for megatron-core's own gathering of the optimizer's state
     )
     # Every stage draws its own layers, as megatron's training does; the ranks of a stage share the host's draws.
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
