@@ -30,10 +30,7 @@ RANGE_NAMES = {MAIN: "param", **{name: name for name in MOMENTS}}
 
 
 def optimizer_state(
-    optimizer: MegatronOptimizer,
-    *,
-    places: Mapping[int, ShardedBase],
-    is_loading: bool = False,
+    optimizer: MegatronOptimizer, *, places: Mapping[int, ShardedBase], is_loading: bool = False
 ) -> dict[str, Any]:
     """The sharded state to save, or to be filled by a load.
 
