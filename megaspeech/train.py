@@ -70,16 +70,14 @@ def _refuse(message: str, signals: StopSignals) -> int:
 def _train(config: Config, signals: StopSignals) -> int:
     from megaspeech.parallel import failure, groups
     from megaspeech.parallel.launch import REQUEUE
-    from megaspeech.parallel.watchdog import Watchdog
+    from megaspeech.parallel.watchdog import Watchdog, collective_timeout
     from megaspeech.training.trainer import Trainer
 
     try:
-        # The watchdog names a rank that hangs; only then may a collective give up.
         limit = config.training.hang_timeout
-        grid = groups.initialise(config.parallel, seed=config.run.seed, timeout=2 * limit + 60)
+        grid = groups.initialise(config.parallel, seed=config.run.seed, timeout=collective_timeout(limit))
         with Watchdog(directory=config.run.directory, timeout=limit) as watchdog:
             is_done = Trainer(config, grid=grid, signals=signals, watchdog=watchdog).run()
-        return 0 if is_done else REQUEUE
     except Exception as error:
         is_consequence = failure.is_lost_peer(error)
         if is_consequence:  # a launcher that ends the ranks has the cause in its own words
@@ -90,10 +88,11 @@ def _train(config: Config, signals: StopSignals) -> int:
             summary=f"{rank}: {error if is_plain else repr(error)}",
             is_consequence=is_consequence,
         )
-        signals.exit_at_once(1)
-        return 1
-    finally:
-        groups.shut_down()
+        # At once: to leave the process group, NCCL waits for what the other ranks will never join
+        # (torch's ProcessGroupNCCL::shutdown), and the launcher for this rank.
+        os._exit(1)
+    groups.shut_down()
+    return 0 if is_done else REQUEUE
 
 
 if __name__ == "__main__":

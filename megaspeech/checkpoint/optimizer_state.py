@@ -19,36 +19,31 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from megaspeech.checkpoint.flat_ranges import empty_states, joined_states, take_states
 from megaspeech.parallel.megatron_fsdp import take_rows, whole
 from megaspeech.parallel.optimizer import optimizer_parts
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAIN = "fp32_param"
+RANGE_NAMES = {MAIN: "param", **{name: name for name in MOMENTS}}
+"""What `flat_ranges` calls them."""
 
 
 def optimizer_state(
-    optimizer: MegatronOptimizer,
-    model_state: dict[str, Any],
-    *,
-    places: Mapping[int, ShardedBase],
-    metadata: dict[str, Any],
-    is_loading: bool = False,
+    optimizer: MegatronOptimizer, *, places: Mapping[int, ShardedBase], is_loading: bool = False
 ) -> dict[str, Any]:
     """The sharded state to save, or to be filled by a load.
 
     Args:
         optimizer: megatron-core's, of any kind.
-        model_state: sharded state dict of the model.
         places: where each of this rank's parameters lies in the whole tensor, by the parameter's `id`.
-        metadata: what megatron-core's methods want to know about the format.
         is_loading: whether the values are about to be overwritten.
     """
     tensors = {}
     for place, part in enumerate(optimizer_parts(optimizer)):
         _make_state(part)
         if _is_by_range(part):
-            by_parameter = part.sharded_param_state_fully_reshardable(model_state, is_loading, metadata)
-            tensors[f"part{place}"] = {index: _renamed(values) for index, values in by_parameter.items()}
+            tensors[f"part{place}"] = dict(enumerate(_sharded_by_owner(part, places, is_loading=is_loading)))
         else:
             tensors[f"part{place}"] = dict(enumerate(_sharded_like_parameters(part, places)))
     return {"tensors": tensors, "num_updates": _num_updates(optimizer)}
@@ -62,7 +57,7 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) ->
         _make_state(part)
         if _is_by_range(part):
             _without_steps(part)  # distrib_optimizer.py:939 looks for every entry of the state among the loaded ones
-            part.load_parameter_state_from_fully_reshardable(loaded)
+            take_states(part, ({RANGE_NAMES[name]: x for name, x in loaded[index].items()} for index in sorted(loaded)))
         else:
             for index, (_, main) in enumerate(_model_and_main(part)):
                 own = {MAIN: main, **{name: part.optimizer.state[main][name] for name in MOMENTS}}
@@ -120,10 +115,13 @@ def _without_steps(part: MegatronOptimizer) -> None:
         values.pop("step", None)
 
 
-def _renamed(values: dict[str, ShardedBase]) -> dict[str, ShardedBase]:
-    """megatron-core's two kinds of optimizer call the main parameter "param" and "fp32_param"."""
-    main = values.pop("param")
-    return {**values, MAIN: replace(main, key=main.key.replace(".state.param.", f".state.{MAIN}.", 1))}
+def _sharded_by_owner(
+    part: DistributedOptimizer, places: Mapping[int, ShardedBase], *, is_loading: bool
+) -> Iterator[dict[str, ShardedBase]]:
+    for model_parameter, tensors in (empty_states if is_loading else joined_states)(part):
+        place = places[id(model_parameter)]
+        place = replace(place, replica_id=(*place.replica_id[:-1], 0))  # no other data parallel rank has it
+        yield {name: _of_state(place, name, tensors[own]) for name, own in RANGE_NAMES.items()}
 
 
 def _sharded_like_parameters(
@@ -132,10 +130,11 @@ def _sharded_like_parameters(
     for model_parameter, main in _model_and_main(part):
         place = places[id(model_parameter)]
         own = {MAIN: main.detach(), **{name: part.optimizer.state[main][name] for name in MOMENTS}}
-        yield {
-            name: with_data(place, key=f"optimizer.state.{name}.{place.key}", data=_saved(part, tensor))
-            for name, tensor in own.items()
-        }
+        yield {name: _of_state(place, name, _saved(part, tensor)) for name, tensor in own.items()}
+
+
+def _of_state(place: ShardedBase, name: str, data: Tensor) -> ShardedBase:
+    return with_data(place, key=f"optimizer.state.{name}.{place.key}", data=data)
 
 
 def with_data(place: ShardedBase, *, key: str, data: Tensor) -> ShardedBase:

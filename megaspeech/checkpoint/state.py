@@ -26,32 +26,32 @@ from megaspeech.parallel.precision import unpickling_scales
 from megaspeech.parallel.wrap import Wrapped
 
 FULLY_SHARDED = (FullyShardedChunk, MegatronShardedChunk)
+SCALES = "._extra_state"
+"""In the names of what TransformerEngine keeps beside weights."""
 
 
 def metadata() -> dict[str, Any]:
     """What megatron-core's `sharded_state_dict` methods want to know about the format."""
     return {
-        "chained_optim_avoid_prefix": True,
         "singleton_local_shards": False,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-        # The distributed optimizer's state by parameter, not by rank; megatron-core's default loads on one layout only.
-        "distrib_optim_sharding_type": "fully_reshardable",
     }
 
 
 def model_state(wrapped: Wrapped) -> dict[str, Any]:
     """The model alone, as a seed checkpoint holds it."""
     state, _ = _model_and_places(wrapped)
-    return {"model": _in_precision_of(wrapped, state)}
+    return {"model": {name: _weights(chunk) for name, chunk in _in_precision_of(wrapped, state).items()}}
 
 
 def run_state(wrapped: Wrapped, *, step: int, is_loading: bool = False) -> dict[str, Any]:
     """Everything that goes on. The data position is the step: batches are a function of it (`data.mixture`)."""
     state, places = _model_and_places(wrapped)
-    options = {"places": places, "metadata": metadata(), "is_loading": is_loading}
+    if is_loading and not _goes_on_with_scales(wrapped):
+        state = {name: _weights(chunk) for name, chunk in state.items()}
     return {
         "model": _in_precision_of(wrapped, state),
-        "optimizer": optimizer_state(wrapped.optimizer, state, **options),
+        "optimizer": optimizer_state(wrapped.optimizer, places=places, is_loading=is_loading),
         "scheduler": wrapped.scheduler.state_dict(),
         "step": step,
     }
@@ -66,11 +66,22 @@ def load_model_state(wrapped: Wrapped, state: dict[str, Any]) -> None:
 
 def load_run_state(wrapped: Wrapped, state: dict[str, Any]) -> int:
     """Put a loaded run into place; returns the step to go on with."""
-    _load_models(wrapped, state["model"], with_scales=wrapped.config.precision.recipe == "fp8-delayed")
+    _load_models(wrapped, state["model"], with_scales=_goes_on_with_scales(wrapped))
     load_optimizer_state(wrapped.optimizer, state["optimizer"])
     _install(wrapped)
     wrapped.scheduler.load_state_dict(state["scheduler"])
     return state["step"]
+
+
+def _goes_on_with_scales(wrapped: Wrapped) -> bool:
+    """Whether the recipe keeps any from step to step."""
+    return wrapped.config.precision.recipe == "fp8-delayed"
+
+
+def _weights(state: dict[str, Any]) -> dict[str, Any]:
+    """A model's sharded state without what layers keep beside their weights: which of them do is TransformerEngine's
+    business (its norms and experts too), and checkpoints of local layers and converted ones have not all of it."""
+    return {key: place for key, place in state.items() if SCALES not in key}
 
 
 def _model_and_places(wrapped: Wrapped) -> tuple[dict[str, Any], dict[int, ShardedBase]]:
@@ -119,7 +130,8 @@ def load_model(model: torch.nn.Module, state: dict[str, Any], *, with_scales: bo
         with unpickling_scales():
             model.load_state_dict(state)
         return
-    model.load_state_dict({key: None if key.endswith("._extra_state") else value for key, value in state.items()})
+    nothing = {key: None for key in model.state_dict() if key.endswith(SCALES)}
+    model.load_state_dict({**_weights(state), **nothing})
 
 
 def _install(wrapped: Wrapped) -> None:
@@ -139,6 +151,6 @@ def load_whole_model(path: str | Path) -> tuple[SpeechTextModel, Config]:
     if not dist.is_initialized():
         groups.initialise(config.parallel, seed=config.run.seed)
     model = SpeechTextModel(config, pre_process=True, post_process=True)
-    wanted = {"model": {"chunk0": model.sharded_state_dict(metadata=metadata())}}
+    wanted = {"model": {"chunk0": _weights(model.sharded_state_dict(metadata=metadata()))}}
     load_model(model, load(path, wanted, config=config)["model"]["chunk0"], with_scales=False)
     return model, config

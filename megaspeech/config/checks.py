@@ -50,6 +50,9 @@ def _precision(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
             "precision.fp8_param_gather: needs an FP8 recipe and parallel.use_distributed_optimizer with data_parallel "
             '= "ddp"; set it false'
         )
+    if precision.fp8_param_gather and precision.recipe == "mxfp8" and sections["parallel"].overlap_param_gather:
+        # Through the memory of the gradients, zeroed before the forward pass gathers (megatron-core, optimizer.py:579).
+        yield 'parallel.overlap_param_gather: cannot gather FP8 weights of "mxfp8"; set it, or fp8_param_gather, false'
     if precision.fp8_recipe is None:
         if precision.shadow_interval:
             yield (
@@ -115,9 +118,7 @@ def _optimizer(sections: Mapping[str, Any], _: int | None) -> Iterator[str]:
         if getattr(optimizer, key) != "fp32" and not aware:
             yield f'optimizer.{key}: "{getattr(optimizer, key)}" needs use_precision_aware_optimizer; set that true'
     if not parallel.grad_reduce_in_fp32 and not aware:
-        yield (
-            "parallel.grad_reduce_in_fp32: gradients in BF16 need optimizer.use_precision_aware_optimizer; set it true"
-        )
+        yield "parallel.grad_reduce_in_fp32: false needs optimizer.use_precision_aware_optimizer; set either one true"
     if parallel.overlap_param_gather and not (distributed and parallel.overlap_grad_reduce):
         yield (
             "parallel.overlap_param_gather: needs overlap_grad_reduce and use_distributed_optimizer with data_parallel "

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 class RMSNorm(torch.nn.Module):
     """y = weight * x / sqrt(eps + mean(x^2)), computed in FP32 (Zhang & Sennrich 2019); the runtime's `rms_norm_f32`.
 
+    torch's computes in FP32 by itself, and on a GPU keeps `x` for the backward pass as it came.
+
     Args:
         config: megatron's TransformerConfig. Under sequence parallelism a rank sees its share of the frames only, so
             the weight is marked for megatron to sum its gradient over the tensor parallel group.
@@ -25,4 +27,4 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis of `x`; shape and dtype stay."""
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)

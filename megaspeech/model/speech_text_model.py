@@ -150,8 +150,7 @@ class SpeechTextModel(MegatronModule):
     def _text_loss(self, hidden_TBH: Tensor, tokens_BT: Tensor, weights_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits_TBV, _ = self.text_head(hidden_TBH)  # vocabulary sharded; gathers the frames under sequence parallelism
         targets_TB, weights_TB = tokens_BT.T.contiguous(), weights_BT.T
-        best_TBV = gather_from_tensor_model_parallel_region(logits_TBV.detach())
-        correct_TB = best_TBV.argmax(-1) == targets_TB
+        correct_TB = _largest_token(logits_TBV.detach()) == targets_TB
         # A zero token is no class: it is given one, and the weight 0.
         loss_TB = tensor_parallel.vocab_parallel_cross_entropy(logits_TBV.float(), targets_TB.clamp(min=0))
         weights_TB = weights_TB * (targets_TB >= 0)
@@ -190,6 +189,15 @@ def _without_apex(megatron: TransformerConfig) -> TransformerConfig:
     own = copy.copy(megatron)
     own.gradient_accumulation_fusion &= _grad_accum_fusion_available
     return own
+
+
+def _largest_token(logits_TBV: Tensor) -> Tensor:
+    """The token of the largest logit `[T, B]`, where tensor parallel ranks share the vocabulary: each tells of its own
+    largest one, so that nobody holds the logits of all."""
+    largest_TB1, token_TB1 = logits_TBV.max(-1, keepdim=True)
+    token_TB1 = token_TB1 + parallel_state.get_tensor_model_parallel_rank() * logits_TBV.shape[-1]
+    largest_TBR, token_TBR = map(gather_from_tensor_model_parallel_region, (largest_TB1, token_TB1))
+    return token_TBR.gather(-1, largest_TBR.argmax(-1, keepdim=True)).squeeze(-1)
 
 
 def _places(kept_TB: Tensor) -> Tensor:

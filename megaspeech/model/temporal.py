@@ -138,6 +138,7 @@ def _layout(parallel: ParallelSection) -> dict[str, Any]:
     # Interleaved stages send forward and backward at once: in one batch they would be mixed up between two ranks.
     interleaved = parallel.num_chunks > 1
     fields |= {"overlap_p2p_comm": interleaved, "batch_p2p_comm": not interleaved}
+    fields["batch_p2p_sync"] = False  # waits for the GPU after every message; for old torch (p2p_communication.py:395)
     if parallel.recompute_granularity == "full":  # each layer keeps its input alone, unless told otherwise
         fields["recompute_method"] = parallel.recompute_method or "uniform"
         fields["recompute_num_layers"] = parallel.recompute_num_layers or 1

@@ -14,7 +14,6 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer import get_megatron_optimizer
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -73,11 +72,6 @@ REPLACEMENTS: tuple[tuple[str, Any, str], ...] = (
     ),
     ("torch.nn.Module.to", lambda module, *_, **__: module, "likewise; everything is where it is to be"),
     ("torch.nn.Module.float", functools.partialmethod(_converted, torch.float32), "likewise"),
-    (
-        "megaspeech.parallel.optimizer.get_megatron_optimizer",
-        functools.partial(get_megatron_optimizer, use_gloo_process_groups=False),
-        "there are no groups of gloo beside the fake ones",
-    ),
     ("torch.distributed.device_mesh.DeviceMesh.from_group", _real_mesh, "reads ranks out of a tensor"),
     ("torch.distributed.all_gather_object", _answer_alone, "reads lengths out of tensors"),
     (

@@ -51,7 +51,7 @@ def initialise(parallel: ParallelSection, *, seed: int, timeout: float = 600.0) 
         timeout: seconds after which a collective that waits for a lost rank gives up.
     """
     join(parallel, timeout=timeout)
-    return build_grid(parallel, seed=seed)
+    return build_grid(parallel, seed=seed, timeout=timeout)
 
 
 def join(parallel: ParallelSection, *, timeout: float = 600.0) -> None:
@@ -61,7 +61,8 @@ def join(parallel: ParallelSection, *, timeout: float = 600.0) -> None:
         # gathers must overlap and forbid it.
         if parallel.tensor_model_parallel_size > 1 and parallel.data_parallel == "ddp":
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        # One alone is seen by each task of `srun --gpus-per-task 1`.
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         backend = "nccl"
     else:
         host.enable()
@@ -75,8 +76,11 @@ def join(parallel: ParallelSection, *, timeout: float = 600.0) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
 
 
-def build_grid(parallel: ParallelSection, *, seed: int) -> Grid:
-    """megatron-core's groups of a layout, and its random states; after `remove_grid` another layout's."""
+def build_grid(parallel: ParallelSection, *, seed: int, timeout: float = 600.0) -> Grid:
+    """megatron-core's groups of a layout, and its random states; after `remove_grid` another layout's.
+
+    `timeout` as for `initialise`: each group has its own, which megatron-core sets to 30 minutes.
+    """
     parallel_state.initialize_model_parallel(
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
@@ -84,7 +88,8 @@ def build_grid(parallel: ParallelSection, *, seed: int) -> Grid:
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_size,
-        create_gloo_process_groups=dist.get_backend() != "fake",  # of `fake_ranks`, which send nothing
+        distributed_timeout_minutes=timeout / 60,
+        create_gloo_process_groups=False,  # for megatron-core's own gathering of the optimizer's state
     )
     # Every stage draws its own layers, as megatron's training does; the ranks of a stage share the host's draws.
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()

@@ -17,7 +17,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 
 def make_optimizer(config: Config, chunks: Sequence[torch.nn.Module]) -> MegatronOptimizer:
     """The optimizer of a stage's wrapped chunks: TransformerEngine's Adam or Apex's where they are, torch's else."""
-    optimizer = get_megatron_optimizer(optimizer_config(config), list(chunks))
+    optimizer = get_megatron_optimizer(optimizer_config(config), list(chunks), use_gloo_process_groups=False)
     for part in optimizer_parts(optimizer):
         if isinstance(part.optimizer, torch.optim.AdamW):
             for group in part.optimizer.param_groups:

@@ -33,6 +33,11 @@ SECONDS_TO_ANSWER = 3.0
 KEY = "megaspeech/hang"
 
 
+def collective_timeout(timeout: float) -> float:
+    """Seconds after which a collective may give up: when a watchdog of `timeout` has named the rank that hangs."""
+    return 2 * timeout + 60
+
+
 class Watchdog:
     """Watches this rank inside a `with` block; process groups are up.
 

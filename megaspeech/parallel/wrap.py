@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module, MegatronModule
@@ -41,6 +42,9 @@ class Wrapped:
         for chunk in self.chunks:
             if getattr(chunk.ddp_config, "overlap_param_gather", False):
                 chunk.start_param_sync(force_sync=True)
+                # Which that leaves to a gathering that goes on beside the forward pass (param_and_grad_buffer.py:325);
+                # without it the next backward pass would multiply by the weights of the step before.
+                post_all_gather_processing([one for one in chunk.parameters() if is_float8tensor(one)])
 
     def release(self) -> None:
         """Let go of what python's garbage collector cannot see: gradient hooks that hold their own model in a ring."""

@@ -37,8 +37,9 @@ def make_forward_step(
 
     def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Any, Callable]:
         batch = next(batches)
-        codes, weights = batch.codes_BST, batch.weights_BPT
-        return model(codes, weights, batch.depth_frames_BT, bounds_D=batch.bounds_D), loss_function
+        # By name: of what comes by position, megatron-core's Float16Module would round the weights to BF16.
+        frames = {"depth_frames_BT": batch.depth_frames_BT, "bounds_D": batch.bounds_D}
+        return model(batch.codes_BST, weights_BPT=batch.weights_BPT, **frames), loss_function
 
     return forward_step
 

@@ -205,4 +205,4 @@ def _normalised(module: torch.nn.Module, x: Tensor) -> Tensor:
     weight = getattr(module, "layer_norm_weight", None)
     if weight is None:
         return x
-    return F.rms_norm(x.float(), x.shape[-1:], weight.float(), module.eps).to(x.dtype)
+    return F.rms_norm(x, x.shape[-1:], weight, module.eps)

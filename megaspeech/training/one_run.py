@@ -12,7 +12,7 @@ from megaspeech.checkpoint.folders import folder_of
 from megaspeech.config import Config
 from megaspeech.parallel import groups
 from megaspeech.parallel.groups import Grid
-from megaspeech.parallel.watchdog import Watchdog
+from megaspeech.parallel.watchdog import Watchdog, collective_timeout
 from megaspeech.training.signals import StopSignals
 from megaspeech.training.trainer import Trainer
 
@@ -37,7 +37,8 @@ def train_here(config: Config) -> None:
 
     The process group of all ranks is up (`parallel.groups.join`), its grid is not; all ranks call this.
     """
-    grid = groups.build_grid(config.parallel, seed=config.run.seed)
+    timeout = collective_timeout(config.training.hang_timeout)
+    grid = groups.build_grid(config.parallel, seed=config.run.seed, timeout=timeout)
     with contextlib.redirect_stdout(io.StringIO()), trainer_of(config, grid=grid) as trainer:
         trainer.run()
     del trainer

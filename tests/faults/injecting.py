@@ -1,8 +1,9 @@
 """The real entry point with faults put into its forward step, as the environment variable INJECT lists them in JSON.
 
-`what` is nan or spike (the loss), gradient (NaN in the last gradient of that rank alone), sleep, raise, or signal;
-`step` counts from 1, and with `on` the fault stays; `rank` limits it to one, `times` to so many forward-backward
-passes, `sample` to the microbatch that holds it; a signal comes `during` a method of the trainer, once.
+`what` is nan or spike (the loss), gradient (NaN in the last gradient of that rank alone), sleep, raise, signal, or stay
+(leaving the process group takes forever); `step` counts from 1, and with `on` the fault stays; `rank` limits it to one,
+`times` to so many forward-backward passes, `sample` to the microbatch that holds it; a signal comes `during` a method
+of the trainer, once.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Place:
 
 def inject(faults: list[Fault]) -> None:
     """Wrap what the trainer calls."""
+    from megaspeech.parallel import groups
     from megaspeech.training import trainer
 
     place = Place()
@@ -61,6 +63,8 @@ def inject(faults: list[Fault]) -> None:
     trainer.make_forward_step = _faulty_forward_steps(trainer.make_forward_step, place, faults)
     _wrap_gradient_norm(place, [fault for fault in faults if fault.what == "gradient"])
     for fault in faults:
+        if fault.what == "stay":
+            groups.shut_down = lambda: time.sleep(3600)
         if fault.what == "signal":
             owner = trainer.Checkpointing if fault.during == "save" else trainer.Trainer
             _signal_during(owner, fault.during)

@@ -30,6 +30,14 @@ def test_exception_on_one_rank(arguments: Callable) -> None:
     assert "File " not in others  # at most: rank 1: RuntimeError('injected: a matrix fell over')
 
 
+def test_a_failed_rank_leaves_nobody_waiting(arguments: Callable) -> None:
+    """NCCL's groups are left when all that was sent has arrived: never, where others wait for the rank that fails."""
+    faults = [{"what": "raise", "step": 2}, {"what": "stay", "step": 99}]
+    variables = {"INJECT": json.dumps(faults)}
+    finished = train(*arguments("stayed"), ranks=1, variables=variables, entry=INJECTING)
+    assert finished.returncode == 1 and "injected: a matrix fell over" in finished.stderr
+
+
 def test_wrong_key_is_named_last(arguments: Callable) -> None:
     finished = train(*arguments("typo"), "training.train_step=5", ranks=2)
     cause = finished.stderr.split("Root Cause")[1]

@@ -90,6 +90,18 @@ def _each(family: list[psutil.Process], action: str) -> None:
             getattr(member, action)()
 
 
+def test_data_parallel_ranks_write_a_share_each(home: Path, reference: Path) -> None:
+    """Of the optimizer's state, which is most of it; and one rank goes on from what two have written."""
+    arguments = [*_arguments(home, "shared"), "training.exit_step=5"]
+    assert train(*arguments, ranks=2).returncode == 0
+    (folder,) = (home / "shared/checkpoints").glob("step_*")
+    sizes = [sum(path.stat().st_size for path in folder.glob(f"__{rank}_*.distcp")) for rank in range(2)]
+    assert min(sizes) > 0.3 * sum(sizes)
+    assert train(*arguments[:-1]).returncode == 0
+    expected, found = _course(reference), _course(home / "shared")
+    assert all(ours == pytest.approx(theirs, rel=1e-5) for ours, theirs in zip(expected, found, strict=True))
+
+
 def test_killed_while_a_save_is_in_flight(home: Path, reference: Path) -> None:
     run = home / "killed"
     arguments = [*_arguments(home, "killed"), *TENSOR_PARALLEL, IN_BACKGROUND, "checkpoint.keep_last=9"]

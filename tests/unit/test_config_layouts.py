@@ -13,6 +13,7 @@ PIPELINE = "parallel.pipeline_model_parallel_size=2"
 OVERLAP = "parallel.overlap_grad_reduce=true"
 SEQUENCE = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
 ONE_LENGTH = ("data.num_frames=64", "data.length_multiple=64")
+MXFP8 = ["precision.recipe=mxfp8", "precision.fp8_param_gather=true"]
 GRAPHS = "model.depth_graph_multiple=256"
 AWARE = "optimizer.use_precision_aware_optimizer=true"
 
@@ -74,7 +75,7 @@ AWARE = "optimizer.use_precision_aware_optimizer=true"
             [OVERLAP, "parallel.overlap_param_gather=true", "parallel.use_distributed_optimizer=false"],
             "parallel.overlap_param_gather: needs overlap_grad_reduce and use_distributed_optimizer",
         ),
-        (["parallel.grad_reduce_in_fp32=false"], "gradients in BF16 need optimizer.use_precision_aware_optimizer"),
+        (["parallel.grad_reduce_in_fp32=false"], "false needs optimizer.use_precision_aware_optimizer"),
         ([AWARE, "parallel.grad_reduce_in_fp32=false", "optimizer.exp_avg_dtype=bf16"], None),
         ([AWARE, "parallel.data_parallel=fsdp2"], "optimizer.use_precision_aware_optimizer: needs parallel.use_dist"),
         (["optimizer.exp_avg_sq_dtype=fp8"], 'optimizer.exp_avg_sq_dtype: "fp8" needs use_precision_aware_optimizer'),
@@ -85,6 +86,11 @@ AWARE = "optimizer.use_precision_aware_optimizer=true"
         ([GRAPHS, "parallel.data_parallel=fsdp2"], "cannot hold what parallel.data_parallel = fsdp2 does"),
         ([GRAPHS, "parallel.recompute_granularity=full"], "what parallel.recompute_granularity = full does"),
         (["precision.fp8_param_gather=true"], "precision.fp8_param_gather: needs an FP8 recipe"),
+        (MXFP8, None),
+        (
+            [*MXFP8, OVERLAP, "parallel.overlap_param_gather=true"],
+            'parallel.overlap_param_gather: cannot gather FP8 weights of "mxfp8"',
+        ),
         (["model.preset=tiny-moe", "parallel.expert_model_parallel_size=2"], None),
         (["model.preset=tiny-moe", "parallel.expert_model_parallel_size=3"], "num_moe_experts: 4 is not divisible"),
         (

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.transformer.module import Float16Module
 from one_rank import make_config, one_rank  # noqa: F401
 
 from megaspeech.data.batch import Batch, collate
+from megaspeech.model import speech_text_model
 from megaspeech.model.speech_text_model import SpeechTextModel
+from megaspeech.model.temporal import transformer_config
 from megaspeech.training.forward_step import make_forward_step
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -46,6 +49,31 @@ def test_forward_and_backward(tmp_path: Path) -> None:
     loss.backward()
     assert all(value.device.type == "meta" for value in report.values())
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_pipeline_does_not_wait_after_every_message(tmp_path: Path) -> None:
+    megatron = transformer_config(make_config(tmp_path, "parallel.pipeline_model_parallel_size=2"))
+    assert megatron.batch_p2p_comm and not megatron.batch_p2p_sync
+
+
+def test_tensor_parallel_ranks_exchange_no_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch, gathered = meta_model(tmp_path), meta_batch(tmp_path), []
+    monkeypatch.setattr(
+        speech_text_model, "gather_from_tensor_model_parallel_region", lambda x: gathered.append(x.shape[-1]) or x
+    )
+    model(batch.codes_BST, batch.weights_BPT, batch.depth_frames_BT)
+    assert gathered and set(gathered) == {1}
+
+
+def test_weights_of_a_bf16_run_are_not_rounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """megatron-core's Float16Module makes BF16 of what it is handed by position."""
+    config = make_config(tmp_path, "precision.recipe=bf16")
+    model = SpeechTextModel(config, pre_process=True, post_process=True)
+    batch, seen = meta_batch(tmp_path), {}
+    monkeypatch.setattr(model, "forward", lambda *_, **named: seen.update(named) or torch.zeros(1))
+    step = make_forward_step(weight_sums=torch.ones(2), num_microbatches=1, dp_size=1, tensor_parallel_size=1)
+    step(iter([batch]), Float16Module(model.config, model))
+    assert seen["weights_BPT"].dtype is torch.float32
 
 
 def test_packed_rows_ask_nothing_either(tmp_path: Path) -> None:
