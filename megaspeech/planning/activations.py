@@ -33,7 +33,7 @@ def saved_bytes(config: Config, *, num_layers: int, is_first: bool, is_last: boo
         tensor = config.parallel.tensor_model_parallel_size
         # The text head's input, and the exponentials of its logits in FP32 (megatron-core's cross_entropy.py).
         sizes["text_loss"] = norm + 4 * config.streams.text_cardinality * frames // tensor
-        sizes["depth"] = _depth_bytes(config)
+        sizes["depth"] = _depth_bytes(config, layer_kind=layer_kind)
     return sizes
 
 
@@ -59,7 +59,7 @@ def working_bytes(config: Config, *, is_last: bool, layer_kind: str) -> int:
     depth = _places(config) * per_place
     depth += 2 * config.streams.num_codebooks * config.depth.hidden_size * 2 * config.depth.ffn_hidden_size
     if config.parallel.recompute_granularity == "full":
-        depth += _places(config) * _depth_layer(config)
+        depth += _places(config) * _depth_layer(config, layer_kind=layer_kind)
     return int(max(layer, text, depth))
 
 
@@ -95,7 +95,7 @@ def _bytes_of_input(config: Config) -> int:
 
 
 _NORM: dict[str, Callable[[Config], int]] = {
-    # Ours computes in FP32, of which its input and its normalised input stay; then its output.
+    # torch's on the CPU computes in FP32, of which its input and its normalised input stay; then its output.
     LOCAL: lambda config: (4 + 4 + 2) * config.temporal.hidden_size,
     TRANSFORMER_ENGINE: lambda config: (2 + _bytes_of_input(config)) * config.temporal.hidden_size,
 }
@@ -136,19 +136,25 @@ def _places(config: Config) -> int:
     return config.streams.num_codebooks * -(-frames // config.parallel.tensor_model_parallel_size)
 
 
-def _depth_layer(config: Config) -> int:
-    """Bytes of a place and a depth layer: two norms in FP32 and their outputs, attention's tensors, SwiGLU's."""
+def _depth_layer(config: Config, *, layer_kind: str) -> int:
+    """Bytes of a place and a depth layer: two norms and their outputs, attention's tensors, SwiGLU's.
+
+    They are torch's own layers, whose norm on GPUs, where the temporal layers are TransformerEngine's, keeps its input
+    as it came (`_fused_rms_norm`).
+    """
     shape = config.depth
     key_value = shape.hidden_size * shape.num_query_groups // shape.num_attention_heads
     attention = 2 * (2 * shape.hidden_size + 2 * key_value) + 4 * shape.num_attention_heads
-    return 2 * (4 + 4 + 2) * shape.hidden_size + attention + 8 * shape.ffn_hidden_size
+    norm = 4 + 4 + 2 if layer_kind == LOCAL else 2 + 2
+    return 2 * norm * shape.hidden_size + attention + 8 * shape.ffn_hidden_size
 
 
-def _depth_bytes(config: Config) -> int:
+def _depth_bytes(config: Config, *, layer_kind: str) -> int:
     streams, shape, places = config.streams, config.depth, _places(config)
     if not streams.num_codebooks:
         return 0  # text alone: there is no depth transformer
-    layer = 2 * shape.hidden_size if config.parallel.recompute_granularity == "full" else _depth_layer(config)
+    is_recomputed = config.parallel.recompute_granularity == "full"
+    layer = 2 * shape.hidden_size if is_recomputed else _depth_layer(config, layer_kind=layer_kind)
     # torch folds the product of frames with every codebook's matrix into one, for which it copies the matrices.
     entry = 2 * streams.num_codebooks * config.temporal.hidden_size * shape.hidden_size
     entry += 2 * config.temporal.hidden_size * places // streams.num_codebooks

@@ -252,8 +252,8 @@ def _after_backward(machine: _Machine, memory: StageMemory, microbatch: float) -
         behind = microbatch * 2 / 3 if parallel.overlap_grad_reduce else 0.0
         before = microbatch / 3 if parallel.overlap_param_gather else 0.0
         exposed = max(0.0, reduction - behind) + max(0.0, gather - before)
-    summed = 2 * reduced * memory.parameters.get("depth", 0) * (tensor - 1) / tensor
-    own = held / shards
+    own = held / shards  # what each rank's optimizer keeps
+    summed = 2 * reduced * memory.parameters.get("depth", 0) / shards * (tensor - 1) / tensor
     return {
         "data parallel": exposed,
         "depth gradients": summed / machine.rate(size=tensor, stride=1),
