@@ -163,7 +163,7 @@ class Augmenter:
         return np.random.default_rng(self._hash(*what))
 
     def _hash(self, *what: object) -> int:
-        return xxhash.xxh64_intdigest("\n".join(map(str, (self._seed, *what))).encode())
+        return xxhash.xxh64_intdigest("\n".join(map(str, (self._seed, *what))).encode(errors="surrogatepass"))
 
 
 def others_of(recordings: Iterable[Recording]) -> list[Recording]:

@@ -33,6 +33,8 @@ from megaspeech.preparation.sources import Unit
 
 UNITS = "units"
 REJECTED = "rejected.jsonl"
+ESCAPED = "backslashreplace"
+"""Of names of files that are not UTF-8: half surrogate pairs, which so become what JSON writes for them."""
 
 
 @dataclass
@@ -158,13 +160,13 @@ class UnitStore:
             totals.samples[task], totals.frames[task] = written.num_samples, written.num_frames
         totals.rejected.update(kind_of(line["reason"]) for line in rejected)
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in rejected)
-        (aside / REJECTED).write_text(text, encoding="utf-8")
+        (aside / REJECTED).write_text(text, encoding="utf-8", errors=ESCAPED)
         mark = {
             "made_of": _made_of(unit),
             "made_with": dict(self._made_with(unit)),
             "totals": {key: _plain(value) for key, value in vars(totals).items()},
         }
-        (aside / "mark").write_text(json.dumps(mark, ensure_ascii=False, indent=1), encoding="utf-8")
+        (aside / "mark").write_text(json.dumps(mark, ensure_ascii=False, indent=1), encoding="utf-8", errors=ESCAPED)
 
     def _move_in(self, unit: Unit, aside: Path, *, tasks: Sequence[str]) -> None:
         """Rename a unit's files into place, the mark last."""
