@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 from pathlib import Path
 
@@ -208,13 +209,30 @@ def test_noise_files_from_a_folder_and_a_manifest(noises, tmp_path):
     assert stretch_of(listed[1], longest=30.0) == listed[1]  # which the decoder will refuse, with its reason
 
 
+@pytest.mark.parametrize("offset", [0.0, 3.0])
+def test_noise_in_a_manifest_is_a_stretch_or_of_unknown_length(noises, tmp_path, offset):
+    lines = [{"audio_filepath": "noise/deep/1.wav", "duration": seconds, "offset": offset} for seconds in (5.0, -1, "")]
+    (tmp_path / "noise.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    known, *unknown = find_sounds(str(tmp_path / "noise.jsonl"), key="augmentation.noise_files")
+    assert (known.start, known.end) == (offset, offset + 5.0)
+    assert [(one.start, one.end, one.duration) for one in unknown] == [(offset, None, None)] * 2
+    assert stretch_of(unknown[0], longest=30.0).end == offset + 30.0
+
+
+def test_names_of_noise_need_not_be_utf8(tmp_path):
+    path = tmp_path / os.fsdecode(b"l\xe4rm.wav")
+    soundfile.write(tmp_path / "x.wav", _speech(40.0), RATE)
+    (tmp_path / "x.wav").rename(path)
+    assert stretch_of(Recording(path), longest=30.0).end == 30.0
+
+
 def test_files_that_are_not_there_are_named(tmp_path):
     for path, complaint in ((tmp_path / "none", "neither a folder"), (tmp_path, "holds no audio")):
         section = AugmentationSection(copies=1, noise=1.0, noise_files=str(path))
         with pytest.raises(ValueError, match=rf"augmentation\.noise_files: .*{complaint}"):
             Augmenter(section, seed=0, utterances=UNIT)
     (tmp_path / "bad.jsonl").write_text('{"audio_filepath": "x.wav"}\n{"path": 3}\n')
-    with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: .* names no audio"):
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: key 'audio_filepath': is missing"):
         find_sounds(str(tmp_path / "bad.jsonl"), key="augmentation.noise_files")
 
 
