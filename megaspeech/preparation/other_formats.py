@@ -187,10 +187,13 @@ def _decode_by_av(container: Any, recording: Recording, *, limits: Limits) -> tu
         raise AudioFaultError(fault)
     if first:
         container.seek(max(0, round((first / rate - PREROLL) / stream.time_base)), stream=stream)
-    to_float, place, parts = AudioResampler(format="fltp"), None, []
+    to_float, place, parts, first_kind = AudioResampler(format="fltp"), None, [], ""
     for frame in container.decode(stream):
+        kind = f"{frame.layout.nb_channels} channel{'s' * (frame.layout.nb_channels > 1)} at {frame.sample_rate} Hz"
         if place is None:
-            place = round(float((frame.pts or 0) * frame.time_base) * rate)
+            place, first_kind = round(float((frame.pts or 0) * frame.time_base) * rate), kind
+        if kind != first_kind:
+            raise AudioFaultError(f"changes midway: from {first_kind} to {kind}; convert it to one of them")
         for part in to_float.resample(frame):
             samples_NC = part.to_ndarray().T
             parts.append(samples_NC[max(0, first - place) : max(0, last - place)])

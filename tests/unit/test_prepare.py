@@ -148,17 +148,15 @@ def test_a_sample_that_is_too_long_does_not_take_others_of_its_recording_along(
 def test_names_of_files_need_not_be_utf8(
     tmp_path: Path, codec: SpectralCodec, tokenizer: Tokenizer, more: tuple[str, ...]
 ) -> None:
-    audio = tmp_path / "audio"
-    audio.mkdir()
+    (audio := tmp_path / "audio").mkdir()
     for name, seconds in ((b"caf\xe9.wav", 1.0), (b"na\xefve.mp3", 1.0), (b"f\xfcr.m4a", 0.0), (b"k\xfcrz.wav", 0.05)):
         path = audio / os.fsdecode(name)
         if seconds:
             record(tmp_path, f"x{path.suffix}", seconds=seconds).rename(path)
         path.with_suffix(".txt").write_text("three")
     (audio / os.fsdecode(b"f\xfcr.m4a")).write_bytes(b"no sound" * 100)
-    config = make_project(tmp_path)
-    folder = SourceSection(name="f", format="folder", train=str(audio), task="asr", target_lang="en")
-    config = read_config(tmp_path / "config.toml", more).model_copy(update={"sources": (folder,)})
+    source = SourceSection(name="f", format="folder", train=str(audio), task="asr", target_lang="en")
+    config = make_project(tmp_path, *more).model_copy(update={"sources": (source,)})
     preparation, units = prepare(config, codec=codec, tokenizer=tokenizer)
     assert preparation.store.sum(units).samples == {"asr-en": 2 * (1 + len(more) // 2)}
     kinds = {name: reason.partition(":")[0] for name, _, reason in rejections(config)}
