@@ -50,10 +50,12 @@ def _recording(content: bytes, *, manifest: Path, number: int) -> Recording:
 
 
 def stretch_of(recording: Recording, *, longest: float, rng: np.random.Generator | None = None) -> Recording:
-    """At most `longest` seconds of a recording, from a drawn moment on (without `rng` its first ones), so that an hour
-    of noise is not decoded for one sentence. One of unknown length is left whole."""
+    """At most `longest` seconds of a recording, from a drawn moment on, so that an hour of noise is not decoded for one
+    sentence. Without `rng`, or where nobody knows its length, its first ones."""
     duration = recording.duration if recording.duration is not None else _duration(recording)
-    if duration is None or duration <= longest:
+    if duration is None:  # the decoder ends where the file does
+        return replace(recording, end=recording.start + longest)
+    if duration <= longest:
         return recording
     start = recording.start + (round(float(rng.uniform(0, duration - longest)), 2) if rng else 0.0)
     return replace(recording, start=start, end=start + longest, duration=longest)
