@@ -221,9 +221,12 @@ class UnitStore:
         totals = self.sum(units)
         if not totals.samples.total():
             reasons = ", ".join(f"{reason} ({count:,})" for reason, count in totals.rejected.most_common(3))
+            if not reasons:
+                is_held_out = split == "valid" and any(unit.held_out for unit in units)
+                reasons = "no line is held out; raise held_out" if is_held_out else "the manifests are empty"
             example = next((path for unit in units if (path := self.rejections(unit)).stat().st_size), None)
             raise ValueError(
-                f"{split}: no sample is left; the reasons: {reasons or 'the manifests are empty'}"
+                f"{split}: no sample is left; the reasons: {reasons}"
                 + (f"; each is in {example} and its like" if example else "")
                 + f"; mend them, remove {self.directory / split}, and run again"
             )

@@ -24,6 +24,7 @@ from small_corpus import (  # noqa: E402
     make_lines,
     make_project,
     make_tokenizer,
+    prepare,
     prepare_units,
     record,
     write_manifest,
@@ -212,6 +213,13 @@ def test_a_full_disk_stops_the_run_and_marks_nothing(
     with pytest.raises(OSError, match="No space left"):
         prepare_units(home / "config.toml", into(tmp_path / "out"))
     assert not list((tmp_path / "out").rglob("units/*.json"))
+
+
+def test_nothing_held_out_says_so(tmp_path: Path) -> None:
+    lines = [line(record(tmp_path, "x", seconds=1.0).name)]
+    config = make_project(tmp_path, "sources.a.held_out=0.001", a=lines)
+    with pytest.raises(ValueError, match="valid: no sample is left; the reasons: no line is held out; raise held_out"):
+        prepare(config, codec=make_codec(), tokenizer=make_tokenizer())
 
 
 def test_what_is_missing_is_made_once_and_kept(tmp_path: Path) -> None:
