@@ -78,16 +78,16 @@ def test_killed_at_random_and_started_again(home: Path, expected: dict[str, byte
         process.join()
         assert process.exitcode == 0 and content_of(tmp_path / name) == expected
     seconds, draws, kills = time.monotonic() - started, random.Random(5), 0
-    for _ in range(8):
+    while kills < 5:
         process = start(home, tmp_path / "out")
         process.join(draws.uniform(0.1, 0.8) * seconds)
         process.kill()
         process.join()
-        if process.exitcode == 0:  # it was faster
+        kills += process.exitcode == -signal.SIGKILL
+        if process.exitcode == 0:  # it was faster: the machine has less to do than when the time was taken
             assert content_of(tmp_path / "out") == expected
             shutil.rmtree(tmp_path / "out")
-        kills += process.exitcode == -signal.SIGKILL
-    assert kills >= 2
+            seconds /= 1.5
     assert prepare_units(home / "config.toml", into(tmp_path / "out"))
     assert content_of(tmp_path / "out") == expected
 
