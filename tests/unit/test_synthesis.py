@@ -280,3 +280,5 @@ def test_another_text_or_folder_is_refused(english, tmp_path):
     ):
         done = _run(text, tmp_path, *options)
         assert done.returncode == 1 and complaint in done.stderr and "Traceback" not in done.stderr
+    done = _run(text, tmp_path / "notes", "--lang", "en")
+    assert done.returncode == 1 and "File exists" in done.stderr and "Traceback" not in done.stderr
