@@ -94,14 +94,12 @@ def _print_sample(console: Console, prefixes: list[Path], options: argparse.Name
     from rich.markup import escape
     from rich.table import Table
 
-    from megaspeech.codecs.registry import load_codec
     from megaspeech.config import read_config
-    from megaspeech.data.tokenizer import Tokenizer
+    from megaspeech.preparation.fitting import load_codec_and_tokenizer
     from megaspeech.preparation.inspection import check_made_with, inspect_sample, read_sample, stream_lines
 
     config = read_config(options.config, [])
-    codec = load_codec(config.codec.path, name=config.codec.name, num_codebooks=config.streams.num_codebooks)
-    tokenizer = Tokenizer.load(config.data.tokenizer)
+    codec, tokenizer = load_codec_and_tokenizer(config)
     codes_ST, header, name = read_sample(prefixes, options.sample)
     check_made_with(header, codec=codec, tokenizer=tokenizer)
     sample = inspect_sample(codes_ST, header=header, codec=codec, tokenizer=tokenizer)

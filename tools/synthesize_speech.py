@@ -56,7 +56,7 @@ def main() -> int:
         units = speech.make(processes=arguments.processes, task=task, num_tasks=num_tasks)
         for _ in tqdm(units, "units", len(range(task, speech.num_units, num_tasks))):
             pass
-    except (ValueError, ImportError, RuntimeError) as error:
+    except (ValueError, ImportError, OSError, RuntimeError) as error:
         print(f"synthesize_speech: {error}", file=sys.stderr)
         return 1
     summary, missing = speech.summary()

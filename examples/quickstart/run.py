@@ -20,6 +20,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from megaspeech.data.whole_files import replacing
+
 HERE = Path(__file__).resolve().parent
 TOOLS = HERE.parents[1] / "tools"
 PIPELINED_STEPS = 25
@@ -57,9 +59,8 @@ class Stages:
             work()
         finally:
             self.seconds[name] = before + time.perf_counter() - started
-            aside = self.path.with_suffix(".part")
-            aside.write_text(json.dumps(self.seconds, indent=1))
-            os.replace(aside, self.path)
+            with replacing(self.path) as aside:
+                aside.write_text(json.dumps(self.seconds, indent=1))
         print(f"   {name}: {self.seconds[name]:.0f} s", flush=True)
 
 

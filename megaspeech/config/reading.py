@@ -105,9 +105,11 @@ def _read_toml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(str(path), ["there is no such file; give the path of a run's TOML config first"])
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(str(path), [f"not valid TOML: {error}"]) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(str(path), [f"not UTF-8: byte {error.start}; convert it with iconv"]) from error
 
 
 def _apply_override(tables: dict[str, Any], override: str, faults: list[str]) -> None:

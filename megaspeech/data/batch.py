@@ -146,5 +146,5 @@ def depth_frames(weights_PT: np.ndarray, *, streams: StreamsSection) -> np.ndarr
     frames_T = np.zeros_like(weighs[..., 0, :])
     for stream in range(1, 1 + streams.num_codebooks):
         delay = streams.delays[stream]
-        frames_T[..., delay:] |= weighs[..., stream, : weighs.shape[-1] - delay]
+        frames_T[..., delay:] |= weighs[..., stream, : max(0, weighs.shape[-1] - delay)]
     return frames_T

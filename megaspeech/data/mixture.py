@@ -49,7 +49,7 @@ class TrainBatches:
         directory = shards_directory(config.data, "train", names=mixture_of(config))
         self.config, self.dp_rank, self.dp_size = config, dp_rank, dp_size
         self.shares = shares_of(config, directory)
-        _allow_open_files(2 * config.data.shuffle_shards * len(self.shares))
+        _allow_open_shards(2 * config.data.shuffle_shards * len(self.shares))
         self.samples = {name: ShardSamples(directory, name=name, config=config) for name in self.shares}
         self.num_draws = training.train_steps * training.global_batch_size
         self._blend = Blend(self.samples, shares=self.shares, num_draws=self.num_draws)
@@ -95,10 +95,10 @@ class TrainBatches:
         return [[_Draw(self._by_number[draws[place][0]], *draws[place][1:]) for place in group] for group in groups]
 
 
-def _allow_open_files(count: int) -> None:
-    """Shells allow a process 1,024 of them unless it asks for more, which it may up to the hard limit."""
+def _allow_open_shards(count: int) -> None:
+    """Shells allow a process 1,024 files unless it asks for more, which it may up to the hard limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = soft + count
+    wanted = soft + 2 * count  # its samples, and its index, whose memory map holds a file too
     limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft != resource.RLIM_INFINITY:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
@@ -106,6 +106,11 @@ def _allow_open_files(count: int) -> None:
 
 def _group(lengths: Sequence[int], *, config: Config, dp_size: int) -> list[list[int]]:
     """Numbers of the samples of each microbatch of all ranks, from samples of `lengths` frames."""
+    if max(lengths) > config.data.num_frames:
+        raise ValueError(
+            f"data.num_frames = {config.data.num_frames}: there is a sample of {max(lengths)} frames; raise it to what "
+            f"the shards were prepared with, or prepare them again"
+        )
     if config.data.pack:
         return pack_rows(lengths, longest=config.data.num_frames, multiple=dp_size * _rounds(config))
     size = config.training.micro_batch_size
@@ -161,7 +166,7 @@ def valid_batches(config: Config, *, dp_rank: int, dp_size: int) -> dict[str, Va
     config = config.model_copy(update={"loss": whole})
     directory, batches = shards_directory(config.data, "valid", names=mixture_of(config)), {}
     names, rounds = _valid_sets(config, directory), _rounds(config)
-    _allow_open_files(2 * config.data.shuffle_shards * len(names))
+    _allow_open_shards(2 * config.data.shuffle_shards * len(names))
     for name in names:
         samples = ShardSamples(directory, name=name, config=config)
         chosen = _evenly_spread(len(samples.shards), most=config.data.valid_samples)

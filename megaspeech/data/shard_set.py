@@ -72,11 +72,11 @@ def write_catalogue(directory: str | Path) -> Catalogue:
     headers = {name: ShardHeader.read(directory / name) for name in names}
     first = _shared(headers[names[0]])
     for name, header in headers.items():
-        differing = [key for key, value in asdict(_shared(header)).items() if value != asdict(first)[key]]
-        if differing:
+        if (shared := _shared(header)) != first:
+            key = next(key for key, value in vars(shared).items() if value != getattr(first, key))
             raise ValueError(
-                f"set of shards {directory}: the {differing[0]} of {name} is {getattr(header, differing[0])}, that of "
-                f"{names[0]} {getattr(first, differing[0])}; remove the shards of the older preparation"
+                f"set of shards {directory}: the {key} of {name} is {getattr(header, key)}, that of {names[0]} "
+                f"{getattr(first, key)}; remove the shards of the older preparation"
             )
     counts = {key: [getattr(header, key) for header in headers.values()] for key in ("num_samples", "num_frames")}
     total = replace(first, num_samples=sum(counts["num_samples"]), num_frames=sum(counts["num_frames"]))

@@ -207,7 +207,7 @@ class Shard:
         if len(self) == 0:  # checked first: an empty file cannot be memory mapped
             raise ValueError(f"shard {prefix} holds no samples; look into rejected.jsonl beside it, or drop it")
         self.header.check_files(prefix)
-        self._checksums = np.memmap(f"{prefix}.xxh64", dtype=np.uint64, mode="r")
+        self._checksums = np.fromfile(f"{prefix}.xxh64", dtype=np.uint64)
         self._samples = open_samples(prefix)
         self._index = self._samples.index
 

@@ -49,18 +49,19 @@ def shards_directory(data: DataSection, split: str, *, names: Iterable[str]) -> 
 
 
 def _fetch(bucket: str, prefix: str, *, cache: Path) -> None:
-    """All objects under `prefix` but samples, those that are here in their size left alone."""
+    """All objects under `prefix` but samples; those that are here in their size, of their time, are left alone."""
     client = _client()
     pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
     found = [entry for page in pages for entry in page.get("Contents", ()) if not entry["Key"].endswith(".bin")]
 
     def fetch(entry: dict[str, Any]) -> None:
-        path = cache / bucket / entry["Key"]
-        if path.is_file() and path.stat().st_size == entry["Size"] and path.suffix != ".json":
+        path, written = cache / bucket / entry["Key"], int(entry["LastModified"].timestamp())
+        if path.is_file() and (path.stat().st_size, path.stat().st_mtime) == (entry["Size"], written):
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as aside:
             client.download_file(bucket, entry["Key"], str(aside))
+            os.utime(aside, (written, written))
 
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         list(pool.map(fetch, found))

@@ -1,8 +1,8 @@
 """What is wrong with audio, if anything: every reason begins with a word or two and a colon, by which it is counted.
 
 Before anything is decoded: `missing`, `unreadable` (permissions, a folder), `empty`, `wrong type`, `truncated`,
-`absurd rate`, `too long`. After: `damaged or truncated`, `no such channel`, `not finite`, `too short`, `too long`,
-`wrong duration` (not what the manifest says), `silent`. Shapes: N samples.
+`absurd rate`, `too long`. After: `damaged or truncated`, `changes midway`, `no such channel`, `not finite`,
+`too short`, `too long`, `wrong duration` (not what the manifest says), `silent`. Shapes: N samples.
 """
 
 from __future__ import annotations

@@ -132,11 +132,7 @@ class Augmenter:
         """(recording, speaker) of those that have the lowest hashes: the same in whatever order a unit is read."""
         heard = {_name(line.heard): (line.heard, line.speaker) for line in utterances if line.heard is not None}
         names = sorted(heard, key=lambda name: (self._hash("voice", name), name))[:NUM_VOICES]
-        return [
-            # One whose length nobody has said is taken whole: to cut it might ask for more than there is.
-            (stretch_of(one, longest=LONGEST) if one.duration is not None else one, speaker)
-            for one, speaker in (heard[name] for name in names)
-        ]
+        return [(stretch_of(one, longest=LONGEST), speaker) for one, speaker in (heard[name] for name in names)]
 
     def _choose_files(self, effect: str) -> list[Recording]:
         """Up to `NUM_VOICES` stretches of the user's files, others for other units."""
@@ -163,7 +159,7 @@ class Augmenter:
         return np.random.default_rng(self._hash(*what))
 
     def _hash(self, *what: object) -> int:
-        return xxhash.xxh64_intdigest("\n".join(map(str, (self._seed, *what))).encode())
+        return xxhash.xxh64_intdigest("\n".join(map(str, (self._seed, *what))).encode(errors="surrogatepass"))
 
 
 def others_of(recordings: Iterable[Recording]) -> list[Recording]:

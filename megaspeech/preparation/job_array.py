@@ -13,14 +13,20 @@ def share_of(array: str | None, environment: Mapping[str, str]) -> tuple[int, in
         environment: of the process.
 
     Raises:
-        ValueError: `array` is not I/N with 0 <= I < N.
+        ValueError: `array` is not I/N with 0 <= I < N, or the numbers of Slurm's tasks have gaps.
     """
-    if array is None and (count := environment.get("SLURM_ARRAY_TASK_COUNT")):
+    if array is None and (count := int(environment.get("SLURM_ARRAY_TASK_COUNT", 0))):
         task, first, step = (
             int(environment.get(f"SLURM_ARRAY_TASK_{name}", value))
             for name, value in (("ID", 0), ("MIN", 0), ("STEP", 1))
         )
-        return (task - first) // step % int(count), int(count)
+        last = int(environment.get("SLURM_ARRAY_TASK_MAX", first + step * (count - 1)))
+        if (last - first) // step + 1 != count:
+            raise ValueError(
+                f"SLURM_ARRAY_TASK_COUNT = {count}: of tasks numbered {first} to {last} with gaps none knows its "
+                f"share; submit --array 0-{count - 1} (what is done is kept)"
+            )
+        return (task - first) // step % count, count
     index, _, count = (array or "0/1").partition("/")
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise ValueError(f"--array {array}: is not I/N with 0 <= I < N, such as 0/8 for the first of eight")

@@ -8,6 +8,7 @@ Shapes: N samples, C channels.
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,6 +39,10 @@ def _reading() -> Iterator[None]:
         raise AudioFaultError("missing: there is no such file") from None
     except OSError as error:
         raise AudioFaultError(f"unreadable: {error.strerror}") from None
+    except AudioFaultError:
+        raise
+    except ValueError as error:  # of a NUL, or half a surrogate pair
+        raise AudioFaultError(f"missing: no file can have such a name ({error})") from None
 
 
 def read_bytes(recording: Recording) -> bytes:
@@ -53,8 +58,9 @@ def read_bytes(recording: Recording) -> bytes:
     return content
 
 
-def open_audio(source: str | io.BytesIO) -> Any:
-    """A soundfile.SoundFile of a path or of bytes; None where libsndfile does not know the format.
+def open_audio(source: bytes | io.BytesIO) -> Any:
+    """A soundfile.SoundFile of a path, as the file system spells it, or of bytes; None where libsndfile does not know
+    the format.
 
     Raises:
         AudioFaultError: its header has a rate that nobody uses, or no samples.
@@ -63,7 +69,7 @@ def open_audio(source: str | io.BytesIO) -> Any:
     soundfile = import_soundfile()
     try:
         file = soundfile.SoundFile(source)
-    except soundfile.LibsndfileError:
+    except (soundfile.LibsndfileError, TypeError):  # TypeError: of ".raw", which it takes for samples without header
         if fault := _rate_of_zero(source):
             raise AudioFaultError(fault) from None
         return None
@@ -73,7 +79,7 @@ def open_audio(source: str | io.BytesIO) -> Any:
     return file
 
 
-def _rate_of_zero(source: str | io.BytesIO) -> str | None:
+def _rate_of_zero(source: bytes | io.BytesIO) -> str | None:
     """The one header fault of a WAV that libsndfile reports as an error of its own."""
     if isinstance(source, io.BytesIO):
         head = source.getvalue()[:28]
@@ -118,7 +124,7 @@ class StretchReader:
         with _reading(), recording.path.open("rb") as file:
             if not file.read(1):
                 raise AudioFaultError("empty: the file has no bytes")
-        return open_audio(str(recording.path))
+        return open_audio(os.fsencode(recording.path))
 
     def _stretch(self, file: Any, recording: Recording) -> np.ndarray:
         soundfile = import_soundfile()
@@ -181,10 +187,13 @@ def _decode_by_av(container: Any, recording: Recording, *, limits: Limits) -> tu
         raise AudioFaultError(fault)
     if first:
         container.seek(max(0, round((first / rate - PREROLL) / stream.time_base)), stream=stream)
-    to_float, place, parts = AudioResampler(format="fltp"), None, []
+    to_float, place, parts, first_kind = AudioResampler(format="fltp"), None, [], ""
     for frame in container.decode(stream):
+        kind = f"{frame.layout.nb_channels} channel{'s' * (frame.layout.nb_channels > 1)} at {frame.sample_rate} Hz"
         if place is None:
-            place = round(float((frame.pts or 0) * frame.time_base) * rate)
+            place, first_kind = round(float((frame.pts or 0) * frame.time_base) * rate), kind
+        if kind != first_kind:
+            raise AudioFaultError(f"changes midway: from {first_kind} to {kind}; convert it to one of them")
         for part in to_float.resample(frame):
             samples_NC = part.to_ndarray().T
             parts.append(samples_NC[max(0, first - place) : max(0, last - place)])
@@ -199,8 +208,8 @@ def _decode_by_av(container: Any, recording: Recording, *, limits: Limits) -> tu
 
 def _samples_of(recording: Recording, *, rate: int, num_samples: int) -> tuple[int, int]:
     """First sample of a stretch, and the one after its last, within the file."""
-    first = round(recording.start * rate)
-    last = num_samples if recording.end is None else min(num_samples, round(recording.end * rate))
+    first = round(min(num_samples, recording.start * rate))
+    last = num_samples if recording.end is None else round(min(num_samples, recording.end * rate))
     if first >= num_samples:
         raise AudioFaultError(
             f"truncated: the file ends at {num_samples / rate:.2f} s, the stretch starts at {recording.start:.2f} s"

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import functools
-import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from megaspeech.config.preparation import SourceSection
+from megaspeech.preparation.manifests import nemo
 from megaspeech.preparation.manifests.folder import audio_files
+from megaspeech.preparation.manifests.line import Line
 from megaspeech.preparation.recording import Recording
+
+_SOURCE = SourceSection(name="sounds")
 
 
 @functools.lru_cache(maxsize=4)  # every unit asks, and a folder of a million noises takes long to list
@@ -18,8 +23,7 @@ def find_sounds(path: str, *, key: str) -> tuple[Recording, ...]:
     """The recordings of a folder (all below it, sorted) or of a JSONL manifest (in its order).
 
     Args:
-        path: the folder or the manifest, of lines with `audio_filepath` (absolute or relative to the manifest) and, if
-            they are known, `offset` and `duration` in seconds; other keys are left alone.
+        path: the folder or the manifest, as NeMo has them; of its keys those count that say where audio is.
         key: of the config, which an error names.
 
     Raises:
@@ -29,10 +33,8 @@ def find_sounds(path: str, *, key: str) -> tuple[Recording, ...]:
     if place.is_dir():
         sounds = tuple(Recording(place / name) for name in audio_files(place))
     elif place.is_file():
-        lines = place.read_text(encoding="utf-8").split("\n")
-        sounds = tuple(
-            _recording(line, manifest=place, number=number) for number, line in enumerate(lines, 1) if line.strip()
-        )
+        lines = enumerate(place.read_bytes().split(b"\n"), 1)
+        sounds = tuple(_recording(line, manifest=place, number=number) for number, line in lines if line.strip())
     else:
         raise ValueError(f"{key}: {path!r} is neither a folder nor a manifest; check the path")
     if not sounds:
@@ -40,29 +42,20 @@ def find_sounds(path: str, *, key: str) -> tuple[Recording, ...]:
     return sounds
 
 
-def _recording(line: str, *, manifest: Path, number: int) -> Recording:
+def _recording(content: bytes, *, manifest: Path, number: int) -> Recording:
     try:
-        values = json.loads(line)
-        start, duration = float(values.get("offset") or 0.0), values.get("duration")
-        end = None if duration is None or not start else start + float(duration)
-        return Recording(
-            manifest.parent / values["audio_filepath"],
-            start=start,
-            end=end,
-            duration=None if duration is None else float(duration),
-        )
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise ValueError(
-            f"{manifest}, line {number}: {line[:60]!r} names no audio; write one JSON object a line, "
-            '{"audio_filepath": ..., "offset": ..., "duration": ...}'
-        ) from None
+        return nemo.recording_of(Line.parse(content, manifest=manifest, source=_SOURCE))
+    except ValueError as fault:
+        raise ValueError(f"{manifest}, line {number}: {fault}") from None
 
 
 def stretch_of(recording: Recording, *, longest: float, rng: np.random.Generator | None = None) -> Recording:
-    """At most `longest` seconds of a recording, from a drawn moment on (without `rng` its first ones), so that an hour
-    of noise is not decoded for one sentence. One of unknown length is left whole."""
+    """At most `longest` seconds of a recording, from a drawn moment on, so that an hour of noise is not decoded for one
+    sentence. Without `rng`, or where nobody knows its length, its first ones."""
     duration = recording.duration if recording.duration is not None else _duration(recording)
-    if duration is None or duration <= longest:
+    if duration is None:  # the decoder ends where the file does
+        return replace(recording, end=recording.start + longest)
+    if duration <= longest:
         return recording
     start = recording.start + (round(float(rng.uniform(0, duration - longest)), 2) if rng else 0.0)
     return replace(recording, start=start, end=start + longest, duration=longest)
@@ -75,6 +68,6 @@ def _duration(recording: Recording) -> float | None:
     import soundfile
 
     try:
-        return soundfile.info(recording.path).duration - recording.start
-    except (soundfile.LibsndfileError, OSError):
+        return soundfile.info(os.fsencode(recording.path)).duration - recording.start
+    except (soundfile.LibsndfileError, OSError, TypeError, ValueError):  # TypeError: of ".raw"; ValueError: of a NUL
         return None

@@ -108,7 +108,7 @@ def read_unit(unit: Unit) -> Iterator[Utterance | Refused]:
             utterances = read(content, manifest=unit.path, source=unit.source)
             _check_texts(utterances)
             yield from utterances
-        except ValueError as fault:
+        except (ValueError, RecursionError) as fault:  # RecursionError: of JSON, too many brackets in each other
             yield Refused(where, str(fault))
         except OSError as error:  # of a transcript, or an archive
             yield Refused(where, f"unreadable: {error.strerror}")

@@ -33,6 +33,8 @@ from megaspeech.preparation.sources import Unit
 
 UNITS = "units"
 REJECTED = "rejected.jsonl"
+ESCAPED = "backslashreplace"
+"""Of names of files that are not UTF-8: half surrogate pairs, which so become what JSON writes for them."""
 
 
 @dataclass
@@ -158,13 +160,13 @@ class UnitStore:
             totals.samples[task], totals.frames[task] = written.num_samples, written.num_frames
         totals.rejected.update(kind_of(line["reason"]) for line in rejected)
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in rejected)
-        (aside / REJECTED).write_text(text, encoding="utf-8")
+        (aside / REJECTED).write_text(text, encoding="utf-8", errors=ESCAPED)
         mark = {
             "made_of": _made_of(unit),
             "made_with": dict(self._made_with(unit)),
             "totals": {key: _plain(value) for key, value in vars(totals).items()},
         }
-        (aside / "mark").write_text(json.dumps(mark, ensure_ascii=False, indent=1), encoding="utf-8")
+        (aside / "mark").write_text(json.dumps(mark, ensure_ascii=False, indent=1), encoding="utf-8", errors=ESCAPED)
 
     def _move_in(self, unit: Unit, aside: Path, *, tasks: Sequence[str]) -> None:
         """Rename a unit's files into place, the mark last."""
@@ -219,9 +221,12 @@ class UnitStore:
         totals = self.sum(units)
         if not totals.samples.total():
             reasons = ", ".join(f"{reason} ({count:,})" for reason, count in totals.rejected.most_common(3))
+            if not reasons:
+                is_held_out = split == "valid" and any(unit.held_out for unit in units)
+                reasons = "no line is held out; raise held_out" if is_held_out else "the manifests are empty"
             example = next((path for unit in units if (path := self.rejections(unit)).stat().st_size), None)
             raise ValueError(
-                f"{split}: no sample is left; the reasons: {reasons or 'the manifests are empty'}"
+                f"{split}: no sample is left; the reasons: {reasons}"
                 + (f"; each is in {example} and its like" if example else "")
                 + f"; mend them, remove {self.directory / split}, and run again"
             )

@@ -120,6 +120,12 @@ def test_shares_of_an_array() -> None:
     strided = {**slurm, "SLURM_ARRAY_TASK_MIN": "2", "SLURM_ARRAY_TASK_STEP": "3"}  # --array=2-23:3
     tasks = [share_of(None, {**strided, "SLURM_ARRAY_TASK_ID": str(task)}) for task in range(2, 24, 3)]
     assert tasks == [(task, 8) for task in range(8)]
+    whole = {**strided, "SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MAX": "23"}
+    assert share_of(None, whole) == (1, 8)
+    gaps = {"SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_MAX": "7"}  # --array=3,7
+    for task in ("3", "7"):
+        with pytest.raises(ValueError, match=r"SLURM_ARRAY_TASK_COUNT = 2: of tasks numbered 3 to 7 .* --array 0-1"):
+            share_of(None, {**gaps, "SLURM_ARRAY_TASK_ID": task})
     for wrong in ("2/2", "x/2", "1", "0/0", "-1/2"):
         with pytest.raises(ValueError, match=f"--array {wrong}: is not I/N"):
             share_of(wrong, {})

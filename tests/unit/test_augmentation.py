@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from megaspeech.config import read_config
 from megaspeech.config.preparation import EFFECTS, AugmentationSection
 from megaspeech.data.tasks import Task
 from megaspeech.preparation.augmentation import NUM_VOICES, Augmenter, others_of
+from megaspeech.preparation.decode import Decoder
 from megaspeech.preparation.effects import alter, change_speed
 from megaspeech.preparation.recording import Plan, Recording
 from megaspeech.preparation.sounds import find_sounds, stretch_of
@@ -182,6 +184,20 @@ def test_voices_of_a_unit_are_few_and_short():
     assert all((one.start, one.end, one.duration) == (5.0, 35.0, 30.0) for one in others)
 
 
+@pytest.mark.parametrize("is_packed", [False, True])  # in an archive, where no header is looked at
+def test_no_more_is_decoded_of_a_voice_whose_length_nobody_has_said(tmp_path, is_packed):
+    pytest.importorskip("nvidia.dali")
+    unit = []
+    for number, seconds in enumerate((40.0, 3.0)):
+        path = tmp_path / f"{number}.wav"
+        soundfile.write(path, _speech(seconds, seed=number), RATE)
+        span = (0, path.stat().st_size) if is_packed else None
+        unit.append(dataclasses.replace(_line(number), heard=Recording(path, span=span)))
+    others = others_of(version.heard for version in _versions(AugmentationSection(copies=2, babble=1.0), unit))
+    decoded = {others[index].path.stem: sound for index, sound in Decoder(sample_rate=RATE).decode(others)}
+    assert {name: len(sound) / RATE for name, sound in decoded.items()} == {"0": 30, "1": 3}
+
+
 @pytest.fixture
 def noises(tmp_path) -> Path:
     folder = tmp_path / "noise"
@@ -205,7 +221,24 @@ def test_noise_files_from_a_folder_and_a_manifest(noises, tmp_path):
     manifest.write_text("\n".join(map(json.dumps, lines)) + "\n")
     listed = find_sounds(str(manifest), key="augmentation.noise_files")
     assert list(listed) == [Recording(noises / "deep/1.wav", 3.0, 8.0, duration=5.0), Recording(Path("/x.wav"))]
-    assert stretch_of(listed[1], longest=30.0) == listed[1]  # which the decoder will refuse, with its reason
+    assert stretch_of(listed[1], longest=30.0).path == Path("/x.wav")  # which the decoder will refuse, with its reason
+
+
+@pytest.mark.parametrize("offset", [0.0, 3.0])
+def test_noise_in_a_manifest_is_a_stretch_or_of_unknown_length(noises, tmp_path, offset):
+    lines = [{"audio_filepath": "noise/deep/1.wav", "duration": seconds, "offset": offset} for seconds in (5.0, -1, "")]
+    (tmp_path / "noise.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    known, *unknown = find_sounds(str(tmp_path / "noise.jsonl"), key="augmentation.noise_files")
+    assert (known.start, known.end) == (offset, offset + 5.0)
+    assert [(one.start, one.end, one.duration) for one in unknown] == [(offset, None, None)] * 2
+    assert stretch_of(unknown[0], longest=30.0).end == offset + 30.0
+
+
+def test_names_of_noise_need_not_be_utf8(tmp_path):
+    path = tmp_path / os.fsdecode(b"l\xe4rm.wav")
+    soundfile.write(tmp_path / "x.wav", _speech(40.0), RATE)
+    (tmp_path / "x.wav").rename(path)
+    assert stretch_of(Recording(path), longest=30.0).end == 30.0
 
 
 def test_files_that_are_not_there_are_named(tmp_path):
@@ -214,7 +247,7 @@ def test_files_that_are_not_there_are_named(tmp_path):
         with pytest.raises(ValueError, match=rf"augmentation\.noise_files: .*{complaint}"):
             Augmenter(section, seed=0, utterances=UNIT)
     (tmp_path / "bad.jsonl").write_text('{"audio_filepath": "x.wav"}\n{"path": 3}\n')
-    with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: .* names no audio"):
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: key 'audio_filepath': is missing"):
         find_sounds(str(tmp_path / "bad.jsonl"), key="augmentation.noise_files")
 
 

@@ -274,6 +274,14 @@ def test_invalid_toml_names_the_place(read: Read) -> None:
     assert fault.startswith("not valid TOML") and "line 2" in fault
 
 
+def test_what_editors_write_before_and_between_is_no_riddle(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_bytes(b'\xef\xbb\xbf[model]\npreset = "tiny"\n')
+    assert read_config(tmp_path / "config.toml").model.preset == "tiny"
+    (tmp_path / "config.toml").write_bytes(b"# caf\xe9\n")
+    with pytest.raises(ConfigError, match=r"config\.toml: 1 fault\n  not UTF-8: byte 5; convert it with iconv"):
+        read_config(tmp_path / "config.toml")
+
+
 def test_a_schedule_names_a_set_for_every_codebook(read: Read) -> None:
     fault = the_fault(read, "depth.weights_per_step_schedule=[0, 1]")
     assert fault.startswith("depth.weights_per_step_schedule: 2 entries for streams.num_codebooks = 4; give one")

@@ -137,6 +137,16 @@ def _scrambled(folder: Path) -> Path:
     return path
 
 
+def _joined(folder: Path, *parts: tuple[int, int]) -> Path:
+    """Broadcasts that go over from speech to music, say."""
+    contents = []
+    for rate, channels in parts:
+        _write_by_av(folder / "part.aac", _chirp(1.0, rate=rate, channels=channels), rate=rate, codec="aac")
+        contents.append((folder / "part.aac").read_bytes())
+    (folder / "bad.aac").write_bytes(b"".join(contents))
+    return folder / "bad.aac"
+
+
 @pytest.mark.parametrize(
     "make, reason",
     [
@@ -155,6 +165,8 @@ def _scrambled(folder: Path) -> Path:
         (lambda folder: _at_rate(folder, 2_000_000), "absurd rate"),
         (lambda folder: _not_finite(folder, np.nan), "not finite"),
         (lambda folder: _not_finite(folder, np.inf), "not finite"),
+        (lambda folder: _joined(folder, (RATE, 1), (RATE, 2)), "changes midway: from 1 channel at 16000 Hz to 2"),
+        (lambda folder: _joined(folder, (RATE, 1), (24000, 1)), "changes midway: from 1 channel at 16000 Hz to 1"),
     ],
 )
 def test_a_bad_file_is_set_aside_and_its_batch_goes_on(tmp_path, make, reason):

@@ -223,6 +223,24 @@ def test_the_codec_is_of_the_kind_that_the_config_names(
     assert main([str(shards / "asr-en"), "--sample", "0", "--config", str(tmp_path / "config.toml")]) == 0
 
 
+def test_the_codec_has_the_codebooks_that_are_heard_where_none_is_said(
+    prepared: tuple[Path, Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, _ = prepared
+    written, asked = (shards.parents[2] / "config.toml").read_text(), []
+    streams = "[streams]\nnum_codebooks = 0\nnum_given_codebooks = 4\ndelays = [0, 0, 1, 1, 1]\n"
+    (tmp_path / "config.toml").write_text(streams + written)
+
+    def load(*_: object, num_codebooks: int) -> SpectralCodec:
+        asked.append(num_codebooks)
+        raise ValueError("that is enough")
+
+    monkeypatch.setattr(SpectralCodec, "load", load)
+    main = runpy.run_path(str(ROOT / "tools/inspect_shards.py"))["main"]
+    assert main([str(shards / "asr-en"), "--sample", "0", "--config", str(tmp_path / "config.toml")]) == 1
+    assert asked == [4]
+
+
 def test_a_sample_needs_the_config_that_it_was_made_with(prepared: tuple[Path, Config]) -> None:
     unnamed = run(prepared[0] / "asr-en", "--sample", 0)
     assert unnamed.returncode == 2 and "--sample needs --config" in unnamed.stderr

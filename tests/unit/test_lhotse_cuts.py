@@ -223,6 +223,8 @@ SAID_ABROAD = {**SAID, "custom": {"taskname": "s2st", "source_lang": "ja", "targ
         ({"supervisions": [{"text": "x"}]}, r"^not a cut: lhotse cannot read it \(TypeError"),
         ({"supervisions": [{**SAID, "text": 3}]}, "^not a cut: .*AttributeError: 'int'"),
         ({"supervisions": [{**SAID, "alignment": {"word": [["a", "b", "c"]]}}]}, "start 'b' or duration 'c' is not a"),
+        ({"duration": 1e306}, "^too long: cut .* of 1e\\+306 s is more than a day; give seconds"),
+        ({"start": 1e306, "duration": 5.0}, r"^not a cut: lhotse cannot read it \(InvalidOperation"),
         ({"surprise": 1}, r"^not a cut: lhotse cannot read it \(TypeError.*surprise"),
         ({"custom": {"target_audio": "b.wav"}, "supervisions": [SAID_ABROAD]}, "^not a cut: .*AttributeError: 'str'"),
         ({"recording": {}}, "^not a cut: lhotse cannot read it"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +15,11 @@ from one_rank import make_config
 
 from megaspeech.config import Config
 from megaspeech.data import mixture
-from megaspeech.data.batch import Batch
+from megaspeech.data.batch import Batch, depth_frames
 from megaspeech.data.mixture import TrainBatches, valid_batches
 from megaspeech.data.samples import ShardSamples
-from megaspeech.data.shard_set import write_shard_set
-from megaspeech.data.shards import ShardHeader
+from megaspeech.data.shard_set import write_catalogue, write_shard_set
+from megaspeech.data.shards import ShardHeader, write_shard
 from megaspeech.data.synthetic import synthetic_header
 from megaspeech.data.tasks import ZERO_TOKEN
 from megaspeech.data.weights import loss_weights
@@ -193,6 +195,33 @@ def test_validation_is_read_as_it_is_run(home: Path, monkeypatch: pytest.MonkeyP
     assert sum(len(portion) for portion in batches) == 3 and len(read) == 10
 
 
+@pytest.mark.parametrize("more", [(), ("data.pack=true", "training.micro_batch_size=1")])
+def test_a_sample_that_is_longer_than_those_trained_on_is_refused(home: Path, more: tuple[str, ...]) -> None:
+    config = config_of(home, "data.num_frames=12", *more)
+    with pytest.raises(ValueError, match=r"data.num_frames = 12: there is a sample of \d+ frames; raise it"):
+        TrainBatches(config, dp_rank=0, dp_size=1)(0)
+    with pytest.raises(ValueError, match=r"data.num_frames = 12: there is a sample"):
+        valid_batches(config, dp_rank=0, dp_size=1)
+
+
+def test_as_many_files_may_be_open_as_windows_of_shards_take(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "data.mixture={a = 1, b = 1}", "data.shuffle_shards=10")
+    codes = np.zeros((config.streams.num_streams, 8), dtype=int)
+    for name in ("a", "b"):
+        for number in range(20):
+            prefix = tmp_path / "shards" / "train" / name / f"{number:06d}"
+            write_shard(prefix, [codes], header=header_of(config, "asr-en"))
+        write_catalogue(prefix.parent)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 10, before[1]))
+    try:
+        batches = TrainBatches(config, dp_rank=0, dp_size=1)
+        for step in range(5):
+            assert len(batches(step)) == 8
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
 def test_totals_count_weights_and_frames_but_no_padding(home: Path) -> None:
     batch = TrainBatches(config_of(home, "data.length_multiple=32"), dp_rank=0, dp_size=1)(0)[0]
     text, audio, frames, all_frames = batch.totals().tolist()
@@ -265,6 +294,14 @@ def test_delays_cut_each_stream_by_its_own(tmp_path: Path) -> None:
     config = make_config(tmp_path, "streams.delays=[1, 0, 2, 9, 0, 3, 3, 3, 3]")
     weights_PT = weigh(config, "asr-en", example())
     assert [int((row > 0).sum()) for row in weights_PT] == [8 - 2 - 1, 8, 6, 0, 8]
+
+
+@pytest.mark.parametrize("num_frames", [6, 7, 10])
+def test_a_delay_may_be_longer_than_a_sample(tmp_path: Path, num_frames: int) -> None:
+    config = make_config(tmp_path, "streams.delays=[0, 0, 9, 9, 9, 0, 9, 9, 9]")
+    weights = weigh(config, "asr-en", example(num_frames=num_frames))
+    frames = depth_frames(weights, streams=config.streams)
+    assert frames.tolist() == (weights[1] > 0).tolist()[:9] + [True] * (num_frames - 9)
 
 
 def test_fractions_leave_out_whole_frames(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,6 +76,19 @@ def test_indexes_alone_are_fetched_and_once(tmp_path: Path, bucket: object) -> N
     before = os.stat(directory / "asr-en" / "000000.idx").st_mtime_ns
     shards_directory(remote(tmp_path).data, "train", names=["asr-en"])
     assert os.stat(directory / "asr-en" / "000000.idx").st_mtime_ns == before
+
+
+def test_what_is_prepared_anew_is_fetched_anew(tmp_path: Path, bucket: object) -> None:
+    """Files of the same size, with other checksums in them."""
+    streams = make_config(tmp_path).streams
+    for names in (("asr-en", "tts-en"), ("tts-en", "asr-en")):
+        time.sleep(1.1)  # S3 counts in seconds
+        write_synthetic_shards(tmp_path / names[0], streams=streams, names=names, shorter=0)
+        anew = tmp_path / names[0] / "train" / "asr-en"
+        for path in anew.iterdir():
+            bucket.upload_file(str(path), "speech", f"corpus/v1/train/asr-en/{path.name}")
+        shards = ShardSet(shards_directory(remote(tmp_path).data, "train", names=["asr-en"]) / "asr-en")
+        assert np.array_equal(shards[0], ShardSet(anew)[0])
 
 
 def test_a_sample_that_cannot_be_read_is_a_damaged_one(

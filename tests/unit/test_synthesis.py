@@ -248,6 +248,25 @@ def test_lines_of_a_speaker_have_one_voice(tmp_path, monkeypatch):
     assert missing == 0 and summary.num_utterances == 3 and summary.rejected.total() == 5
 
 
+def test_tasks_of_an_array_may_begin_at_once(tmp_path, monkeypatch):
+    text, made, settings = tmp_path / "text.txt", tmp_path / "made", SpeechSettings("en", voices="5")
+    text.write_text("Yes.\n")
+    write, begun = Path.write_text, []
+
+    def slow(path: Path, *content: str) -> int:
+        if not begun:  # while the first task writes, the second begins, and ends first
+            begun.append(path)
+            path.touch()
+            TextToSpeech(text, made, settings=settings)
+            (made / "000000.part-x").mkdir()
+            TextToSpeech(text, made, settings=settings)
+        return write(path, *content)
+
+    monkeypatch.setattr(Path, "write_text", slow)
+    TextToSpeech(text, made, settings=settings)
+    assert begun and [path.name for path in made.glob("made_of*")] == ["made_of.json"]
+
+
 def test_another_text_or_folder_is_refused(english, tmp_path):
     text, made = english
     done = _run(text, made, "--lang", "en", "--voices", "6", "--tasks", "tts,asr")
@@ -261,3 +280,5 @@ def test_another_text_or_folder_is_refused(english, tmp_path):
     ):
         done = _run(text, tmp_path, *options)
         assert done.returncode == 1 and complaint in done.stderr and "Traceback" not in done.stderr
+    done = _run(text, tmp_path / "notes", "--lang", "en")
+    assert done.returncode == 1 and "File exists" in done.stderr and "Traceback" not in done.stderr

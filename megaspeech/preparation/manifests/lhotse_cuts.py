@@ -17,7 +17,7 @@ from typing import Any
 from megaspeech.config.preparation import SourceSection
 from megaspeech.data.tasks import Task
 from megaspeech.preparation.manifests.archive import find_archive, names_by_stem, span_of
-from megaspeech.preparation.manifests.line import Line, is_number, is_unspaced, joined, squeezed
+from megaspeech.preparation.manifests.line import DAY, Line, is_number, is_unspaced, joined, squeezed
 from megaspeech.preparation.recording import Recording
 from megaspeech.preparation.utterance import Utterance, Word
 
@@ -42,7 +42,7 @@ def read_line(content: bytes, *, manifest: Path, source: SourceSection) -> list[
     line = Line.parse(content, manifest=manifest, source=source)
     try:
         return [_utterance(_cut(line), manifest=manifest, source=source)]
-    except (AssertionError, AttributeError, IndexError, KeyError, TypeError) as error:  # lhotse checks little itself
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError) as error:  # lhotse checks little
         raise ValueError(f"not a cut: lhotse cannot read it ({type(error).__name__}: {error})") from None
 
 
@@ -91,6 +91,8 @@ def _cut(line: Line) -> Any:
         )
     cut = deserialize_cut(line.values)
     _check_times(cut)
+    if cut.duration > DAY:
+        raise ValueError(f"too long: cut {cut.id!r} of {cut.duration} s is more than a day; give seconds")
     if cut.recording is None:
         raise ValueError(f"no recording: cut {cut.id!r} has none; make cuts of audio, not of features alone")
     return cut

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,9 @@ LANGUAGE_NAMES = {"english": "en", "japanese": "ja"}
 """Lhotse's recipes write names where others write codes."""
 UNSPACED = ("ja", "zh", "yue", "th", "lo", "km", "my")
 """Languages whose words are not parted by spaces."""
+
+DAY = 86400.0
+"""Seconds. What is said to last longer was told in other units, and would be cut into pieces without end."""
 
 _REMEDIES = {
     "audio_filepath": "the audio, absolute or relative to the manifest",
@@ -89,7 +93,7 @@ class Line:
 
     def path(self, key: str) -> Path:
         """A file, relative to the manifest's folder."""
-        return self.manifest.parent / Path(self.text(key)).expanduser()
+        return self.manifest.parent / os.path.expanduser(self.text(key))
 
     def duration(self) -> float | None:
         """Seconds; None where it is left blank or -1, as is usual for audio that nobody has measured."""
@@ -98,6 +102,8 @@ class Line:
             return None
         if not is_number(value) or value <= 0:
             raise self.fault("duration", f"{value!r} is not a positive number")
+        if value > DAY:
+            raise self.fault("duration", f"{value!r} s is more than a day")
         return float(value)
 
     def offset(self) -> float | None:

@@ -41,7 +41,7 @@ def read_line(content: bytes, *, manifest: Path, source: SourceSection) -> list[
     task, text = line.task(), line.text("text")
     if task.name == "text":
         return [Utterance(task=task, text=text, words=whole(text, duration=None))]
-    audio = _recording(line)
+    audio = recording_of(line)
     target = Recording(line.path("target_audio_filepath")) if task.hears and task.speaks else None
     return [
         Utterance(
@@ -56,7 +56,8 @@ def read_line(content: bytes, *, manifest: Path, source: SourceSection) -> list[
     ]
 
 
-def _recording(line: Line) -> Recording:
+def recording_of(line: Line) -> Recording:
+    """The audio of a line, or the stretch of it. Raises ValueError as `read_line`."""
     duration, offset = line.duration(), line.offset()
     path, span = _tarred(line) if "shard_id" in line else (line.path("audio_filepath"), None)
     if offset is None:

@@ -192,15 +192,18 @@ class TextToSpeech:
                 digest.update(block)
         made_of = json.dumps({"text": digest.hexdigest(), **asdict(self.settings)}, indent=1)
         mark = self.output / "made_of.json"
-        if mark.is_file():
-            if mark.read_text() != made_of:
-                raise ValueError(f"output: {mark} says another text or other settings; name another folder")
-            return
-        if self.output.is_dir() and any(self.output.iterdir()):
-            raise ValueError(f"output: {self.output} holds something that is not speech from a text; name a new folder")
         self.output.mkdir(parents=True, exist_ok=True)
-        with replacing(mark) as aside:  # array tasks may do this at one time, with one content
-            aside.write_text(made_of)
+        # Array tasks may do this at one time, with one content; whatever they write comes after the mark.
+        others = [path for path in self.output.iterdir() if not path.name.startswith(mark.name)]
+        if not mark.is_file():
+            if others:
+                raise ValueError(
+                    f"output: {self.output} holds something that is not speech from a text; name a new folder"
+                )
+            with replacing(mark) as aside:
+                aside.write_text(made_of)
+        if mark.read_text() != made_of:
+            raise ValueError(f"output: {mark} says another text or other settings; name another folder")
 
     def _make_unit(self, number: int, lines: Sequence[bytes]) -> None:
         aside = Path(tempfile.mkdtemp(prefix=f"{number:06d}.part-", dir=self.output))
