@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -32,9 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     warnings.filterwarnings("ignore")
     try:
-        with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-            options.scratch = Path(scratch)
-            _follow(options) if options.follow else _once(options)
+        _follow(options) if options.follow else _once(options)
     except (ValueError, ImportError, OSError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 1

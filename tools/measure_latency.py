@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore")
     try:
         _measure(options)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         print(f"measure_latency: {error}", file=sys.stderr)
         return 2
     return 0
@@ -67,10 +67,11 @@ def _measure(options: argparse.Namespace) -> None:
         raise ValueError(f"--cpu-time: is no measure of what {device} does; leave it out")
     if on_cpu:
         torch.set_num_threads(1)  # as sessions would be served; small matrices gain nothing from a second one
-    try:
-        batches = [int(number) for number in options.batches.split(",")]
-    except ValueError:
-        raise ValueError(f"--batches {options.batches}: write numbers with commas, such as 1,8,32") from None
+    batches = [int(number) if number.isdecimal() else 0 for number in options.batches.split(",")]
+    if min(batches) < 1:
+        raise ValueError(f"--batches {options.batches}: write numbers with commas, such as 1,8,32")
+    if options.frames < 1:
+        raise ValueError(f"--frames {options.frames}: time 1 or more, better 200")
     torch.manual_seed(1)
     model = open_model(options.model, options.overrides, device=device, dtype=DTYPES[dtype])
     report = sessions_run.Report(

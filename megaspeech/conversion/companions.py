@@ -10,11 +10,9 @@ from pathlib import Path
 from megaspeech.checkpoint.origin import StreamManifest
 from megaspeech.codecs.registry import load_codec
 from megaspeech.config import Config
-from megaspeech.conversion.stored import TOKENIZER_FILE, Companions, StoredModel
+from megaspeech.conversion.stored import Companions, StoredModel
 from megaspeech.data.tokenizer import Tokenizer
-
-CODEC = "codec"
-"""Where the folder of a codec goes; a codec in one file keeps its name."""
+from megaspeech.streaming.folder import CODEC_FOLDER, TOKENIZER_FILE
 
 
 def named(config: Config) -> Companions:
@@ -30,11 +28,8 @@ def with_companions(model: StoredModel, *, tokenizer: Path | None, codec: Path |
     """The model with the companions that the user names, else its own.
 
     Raises:
-        ValueError: a named file is missing, or the tokenizer is of another size than the model.
+        ValueError: the tokenizer is of another size than the model.
     """
-    for option, path in (("--tokenizer", tokenizer), ("--codec", codec)):
-        if path is not None and not path.exists():
-            raise ValueError(f"{option}: there is no {path}")
     known = model.companions
     found = replace(known, tokenizer=tokenizer or known.tokenizer, codec=codec or known.codec)
     if found.tokenizer is not None:
@@ -57,7 +52,7 @@ def placed(model: StoredModel) -> dict[str, Path]:
     if found.tokenizer is not None:
         places[TOKENIZER_FILE] = found.tokenizer
     if found.codec is not None:
-        places[CODEC if found.codec.is_dir() else found.codec.name] = found.codec
+        places[CODEC_FOLDER if found.codec.is_dir() else found.codec.name] = found.codec
     return places
 
 

@@ -79,7 +79,7 @@ def tensors_agree(model: StoredModel, written: StoredModel, *, path: Path) -> Ag
         ValueError: a tensor differs.
     """
     for name, one in model.weights.items():
-        if _checksum(one) != _checksum(written.weights[name]):
+        if _checksum(one.held()) != _checksum(written.weights[name]):
             raise ValueError(f"{path}: tensor {name} is not the one that was read; do not use it, and look at the disk")
     return Agreement(f"{len(model.weights)} tensors read back, all bits equal")
 

@@ -67,7 +67,7 @@ def load_runtime(
     """
     directory = Path(directory)
     config = read_runtime_config(directory)
-    weights = directory / config.get("moshi_name", WEIGHTS_FILE)
+    weights = named_file(directory, config.get("moshi_name", WEIGHTS_FILE))
     _require_file(weights)
     if config.get("quantize"):
         _require_int8(directory, dtype=dtype)
@@ -144,6 +144,11 @@ def _require_int8(directory: Path, *, dtype: torch.dtype) -> None:
 def _require_file(path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"there is no file {path}; export the checkpoint into this directory first")
+
+
+def named_file(directory: Path, name: str) -> Path:
+    """What a `config.json` in a folder names: a file of the folder, or after "file://" one anywhere."""
+    return Path(name.removeprefix("file://")) if name.startswith("file://") else directory / name
 
 
 def read_runtime_config(directory: str | Path) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from transformers_folders import (
 )
 
 from megaspeech.config import Config
-from megaspeech.conversion.deferred import Deferred
+from megaspeech.conversion.deferred import IN_FP16, Deferred
 from megaspeech.conversion.mimi_files import open_mimi
 from megaspeech.conversion.moshi import moshi_files, open_moshi
 from megaspeech.conversion.native import check_native, native_shapes
@@ -265,6 +266,16 @@ def test_saved_by_transformers_itself(loaded: Any, tiny: Any, tmp_path: Path) ->
     for section in ("streams", "temporal", "depth"):
         assert getattr(back.config, section) == getattr(config, section)
     assert back.companions == Companions(model_with_mimi=tmp_path) and "--tokenizer" in " ".join(back.notes)
+
+
+def test_fp16_is_read_as_fp32(loaded: Any, tiny: Any, tmp_path: Path) -> None:
+    _, native, model, _ = tiny
+    folder = tmp_path / "half"
+    copy.deepcopy(loaded).half().save_pretrained(folder)
+    back = open_transformers(folder)
+    check_native(back)
+    halves = {name: Deferred.of(one.read().half().float()) for name, one in model.weights.items()}
+    assert unequal(replace(model, weights=halves), back) == [] and IN_FP16 in back.notes
 
 
 def test_around_by_moshi(tiny: Any, room: Path) -> None:
