@@ -9,19 +9,26 @@ from pathlib import Path
 
 from megaspeech.checkpoint.origin import StreamManifest
 from megaspeech.codecs.registry import load_codec
+from megaspeech.codecs.weights import locate
 from megaspeech.config import Config
 from megaspeech.conversion.stored import Companions, StoredModel
 from megaspeech.data.tokenizer import Tokenizer
-from megaspeech.streaming.folder import CODEC_FOLDER, TOKENIZER_FILE
 
 
 def named(config: Config) -> Companions:
     """The files that a run's config names, as far as they are here."""
-    tokenizer, codec = Path(config.data.tokenizer), Path(config.codec.path)
-    return Companions(
-        tokenizer=tokenizer if tokenizer.is_file() else None,
-        codec=codec if config.codec.path and codec.exists() else None,
-    )
+    tokenizer = Path(config.data.tokenizer)
+    return Companions(tokenizer=tokenizer if tokenizer.is_file() else None, codec=codec_at(config.codec.path))
+
+
+def codec_at(path: str | Path) -> Path | None:
+    """Where a codec lies that is told by its path, or by its name in the Hugging Face cache; None if nowhere here."""
+    if str(path) and Path(path).exists():
+        return Path(path)
+    try:
+        return locate(path, codec="any", needs="its files", published="NAME")
+    except ValueError:
+        return None
 
 
 def with_companions(model: StoredModel, *, tokenizer: Path | None, codec: Path | None) -> StoredModel:
@@ -44,16 +51,6 @@ def _check_size(tokenizer: Path, *, model: StoredModel) -> None:
             f"{tokenizer} has {found:,} pieces, and the model's text has {wanted:,} (streams.text_cardinality); "
             f"give the model's own by --tokenizer, or, to change its vocabulary, name it by --old-tokenizer"
         )
-
-
-def placed(model: StoredModel) -> dict[str, Path]:
-    """The companions by the names that they have beside a model's weights."""
-    found, places = model.companions, {}
-    if found.tokenizer is not None:
-        places[TOKENIZER_FILE] = found.tokenizer
-    if found.codec is not None:
-        places[CODEC_FOLDER if found.codec.is_dir() else found.codec.name] = found.codec
-    return places
 
 
 def missing(model: StoredModel) -> list[str]:

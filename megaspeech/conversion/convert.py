@@ -109,6 +109,7 @@ def convert(conversion: Conversion, *, progress: Progress = lambda _: None, tota
     """
     started = time.perf_counter()
     source_format = _source_format(conversion)
+    conversion = replace(conversion, codec=conversion.codec and companions.codec_at(conversion.codec))
     refuse_existing(conversion.destination)
     given = {name: getattr(conversion, name) for name in source_format.options}
     if given.get("config"):
@@ -184,7 +185,7 @@ def _source_format(conversion: Conversion) -> Format:
         raise ValueError(f"--max-shard-size: what reads --to {conversion.target_format} wants one file; leave it out")
     for name in ("tokenizer", "old_tokenizer", "codec"):
         path = getattr(conversion, name)
-        if path is not None and not path.exists():
+        if path is not None and not (companions.codec_at(path) if name == "codec" else path.is_file()):
             raise ValueError(f"--{name.replace('_', '-')}: there is no {path}")
     if conversion.old_tokenizer is not None and conversion.tokenizer is None:
         raise ValueError("--old-tokenizer: it is for a change of vocabulary; name the new tokenizer by --tokenizer")
@@ -233,12 +234,11 @@ class _Foreign:
         form = FORMATS[conversion.target_format]
         given = {name: getattr(conversion, name) for name in form.writer_options}
         self.files = function(form.files)(model, **given)
-        self.beside = companions.placed(model) if form.takes_companions else {}
-        self.notes = [*self.files.notes, *(companions.missing(model) if form.takes_companions else [])]
+        self.notes = self.files.notes
         weights = [*self.files.weights.values()]
         weights += [one for others in self.files.weights_beside.values() for one in others.values()]
         self.num_tensors, self.num_bytes = len(weights), sum(one.num_bytes for one in weights)
-        self.num_bytes_beside = companions.num_bytes(self.beside)
+        self.num_bytes_beside = companions.num_bytes(self.files.copies)
 
     def write(self, folder: Aside, *, progress: Progress) -> Mapping[str, Checksum]:
         weights: dict[str, Deferred] = self.files.weights
@@ -248,7 +248,7 @@ class _Foreign:
             written |= write_safetensors(others, folder, name=name, progress=progress)
         for name, content in self.files.small_files.items():
             (folder.path / name).write_bytes(content)
-        companions.copy(self.beside, folder.path)
+        companions.copy(self.files.copies, folder.path)
         return folder.checksums(written)
 
 

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megaspeech.codecs.moshi_mimi import KYUTAI_FILES
 from megaspeech.config import Config, as_toml
+from megaspeech.conversion.companions import missing
 from megaspeech.conversion.deferred import Deferred, Weights
 from megaspeech.conversion.layouts import Chain, GroupedQueries, Joined, Same, Stacked, Table, Unbound, Viewed
-from megaspeech.conversion.mimi_files import KYUTAI_FILE, beside_the_runtime, open_mimi
+from megaspeech.conversion.mimi_files import KYUTAI_FILE, beside_the_runtime, kyutai_file, open_mimi
 from megaspeech.conversion.moshi_config import (
     CONFIG_FILE,
     LEGACY,
@@ -37,7 +40,7 @@ from megaspeech.conversion.native import native_shapes
 from megaspeech.conversion.rules import Layout, Rule, to_foreign, to_native
 from megaspeech.conversion.safetensors_files import INDEX, open_safetensors
 from megaspeech.conversion.stored import Companions, ForeignFiles, StoredModel, kept_in, overlaid
-from megaspeech.streaming.folder import RUN_FILE, TOKENIZER_FILE, files_beside, run_of
+from megaspeech.streaming.folder import CODEC_FOLDER, RUN_FILE, TOKENIZER_FILE, files_beside, run_of
 from megaspeech.streaming.runtime import named_file
 
 MIMI_FRAME_RATE = 12.5
@@ -143,18 +146,29 @@ def moshi_files(model: StoredModel, *, int8: bool = False) -> ForeignFiles:
         ValueError: the model has what the runtime knows nothing of.
     """
     values = moshi_config(model.config) | ({"quantize": True} if int8 else {})
+    codec, copies = _codec(model), {}
     if model.companions.tokenizer is not None:
         values["tokenizer_name"] = TOKENIZER_FILE
-    if model.companions.codec is not None and model.companions.codec.is_file():
-        values["mimi_name"] = model.companions.codec.name
-    codec, inside = ForeignFiles({}), model.companions.model_with_mimi
-    if model.companions.codec is None and inside is not None:
-        codec = beside_the_runtime(open_mimi(inside))
-        values |= {"mimi_name": KYUTAI_FILE} if KYUTAI_FILE in codec.weights_beside else {}
+        copies[TOKENIZER_FILE] = model.companions.tokenizer
+    if name := next((name for name in (*codec.copies, *codec.weights_beside) if fnmatch(name, KYUTAI_FILES)), None):
+        values["mimi_name"] = name
     files = {CONFIG_FILE: json.dumps(values, indent=1).encode(), RUN_FILE: as_toml(model.config).encode()}
     weights = to_foreign(model.weights, rules(model.config))
     weights = in_int8(weights) if int8 else weights
-    return ForeignFiles(weights, files | codec.small_files, codec.weights_beside)
+    notes = tuple(missing(model))
+    return ForeignFiles(weights, files | codec.small_files, codec.weights_beside, copies | codec.copies, notes)
+
+
+def _codec(model: StoredModel) -> ForeignFiles:
+    """The codec's files: a Mimi in Kyutai's one file wherever it can be had, another codec's folder as it is."""
+    path = model.companions.codec or model.companions.model_with_mimi
+    if path is None:
+        return ForeignFiles({})
+    if file := kyutai_file(path):
+        return ForeignFiles({}, copies={file.name if fnmatch(file.name, KYUTAI_FILES) else KYUTAI_FILE: file})
+    if model.config.codec.name == "mimi":
+        return beside_the_runtime(open_mimi(path))
+    return ForeignFiles({}, copies={CODEC_FOLDER: path})
 
 
 def open_moshi(path: str | Path, *, drop: Sequence[str] = (), lora: Path | None = None) -> StoredModel:

@@ -60,12 +60,14 @@ class ForeignFiles:
         weights: by foreign name, for the safetensors file.
         small_files: the content of the others by name, such as config.json.
         weights_beside: those of a codec, by the name of the safetensors file that they have for themselves.
+        copies: files and folders that go along as they are, by the names that they get.
         notes: a line for each thing that is left out.
     """
 
     weights: Weights
     small_files: dict[str, bytes] = field(default_factory=dict)
     weights_beside: dict[str, Weights] = field(default_factory=dict)
+    copies: dict[str, Path] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 

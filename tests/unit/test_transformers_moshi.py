@@ -311,10 +311,12 @@ def test_seven_billion_on_no_memory(room: Path) -> None:
         assert sections[name] == {key: getattr(section, key) for key in sections[name]}
 
 
-def test_the_mimi_inside_goes_along_to_moshi(tiny: Any) -> None:
+def test_the_mimi_inside_goes_along_to_moshi(tiny: Any, room: Path) -> None:
     *_, folder = tiny
     files = moshi_files(open_transformers(folder))
     weights = files.weights_beside["codec/model.safetensors"]
     assert weights.keys() == open_mimi(folder).weights.keys() and "codec/config.json" in files.small_files
-    given = replace(open_transformers(folder), companions=Companions(codec=folder, model_with_mimi=folder))
-    assert not moshi_files(given).weights_beside  # the user's own goes before it
+    own = companions(room, num_quantizers=12).codec
+    given = replace(open_transformers(folder), companions=Companions(codec=own, model_with_mimi=folder))
+    weights = moshi_files(given).weights_beside["codec/model.safetensors"]
+    assert weights.keys() == open_mimi(own).weights.keys()  # the user's own goes before it
