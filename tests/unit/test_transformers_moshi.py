@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +18,7 @@ from transformers_folders import (
     as_native,
     companions,
     native_model,
+    quiet,  # noqa: F401
     runtime_answer,
     stored,
     unequal,
@@ -55,13 +54,6 @@ TOLERANCE = 5e-5  # FP32; a hundred times less than any mistake made on purpose
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("transformers_moshi")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet() -> Iterator[None]:
-    """transformers warns of its own ways; the tests see to ours."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    yield
 
 
 @pytest.fixture(scope="module")
