@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -94,6 +95,7 @@ def load_runtime(
     if config.get("quantize"):
         _require_int8(directory, dtype=dtype)
     loaders = import_moshi(device).loaders
+    gc.collect()  # models that have streamed refer to themselves; their memory is wanted now
     try:
         # Explicit paths everywhere: a None would be looked for on the hub.
         info = loaders.CheckpointInfo.from_hf_repo(
