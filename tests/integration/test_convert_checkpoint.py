@@ -180,6 +180,17 @@ def test_refusals(home: Path, moshi: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_ctrl_c(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(safetensors_files, "check_finite", interrupted)
+    assert MAIN([*TO_MOSHI, str(home / "step_00000000"), str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "convert_checkpoint: stopped; the same command goes on where it was\n"
+    monkeypatch.undo()
+    assert MAIN([*TO_MOSHI, str(home / "step_00000000"), str(tmp_path / "out")]) == 0
+
+
 @pytest.fixture
 def broken(moshi: Path, tmp_path: Path) -> Path:
     """A copy to damage."""
