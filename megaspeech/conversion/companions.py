@@ -78,6 +78,7 @@ def copy(places: Mapping[str, Path], folder: Path) -> None:
         if path.is_dir():
             shutil.copytree(path, folder / name, dirs_exist_ok=True)
         else:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
 
 

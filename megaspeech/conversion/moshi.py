@@ -160,15 +160,15 @@ def moshi_files(model: StoredModel, *, int8: bool = False) -> ForeignFiles:
 
 
 def _codec(model: StoredModel) -> ForeignFiles:
-    """The codec's files: a Mimi in Kyutai's one file wherever it can be had, another codec's folder as it is."""
+    """The codec's files: a Mimi in Kyutai's one file wherever it can be had, another codec's as they are."""
     path = model.companions.codec or model.companions.model_with_mimi
     if path is None:
         return ForeignFiles({})
+    if model.config.codec.name != "mimi":
+        return ForeignFiles({}, copies={CODEC_FOLDER if path.is_dir() else f"{CODEC_FOLDER}/{path.name}": path})
     if file := kyutai_file(path):
         return ForeignFiles({}, copies={file.name if fnmatch(file.name, KYUTAI_FILES) else KYUTAI_FILE: file})
-    if model.config.codec.name == "mimi":
-        return beside_the_runtime(open_mimi(path))
-    return ForeignFiles({}, copies={CODEC_FOLDER: path})
+    return beside_the_runtime(open_mimi(path))
 
 
 def open_moshi(path: str | Path, *, drop: Sequence[str] = (), lora: Path | None = None) -> StoredModel:

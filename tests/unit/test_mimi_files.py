@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from small_codecs import save_small, small_model, sounds
 
 from megaspeech.conversion import mimi_files
-from megaspeech.conversion.companions import named
+from megaspeech.conversion.companions import copy, named
 from megaspeech.conversion.deferred import Deferred, Weights
 from megaspeech.conversion.mimi_config import from_runtime_config, to_runtime_config
 from megaspeech.conversion.mimi_files import (
@@ -153,6 +153,15 @@ def test_the_runtime_is_given_what_it_opens(folder: Path, tmp_path: Path) -> Non
         files = moshi_files(with_codec(given, tmp_path))
         assert files.copies == {name: file} and not files.weights_beside
         assert json.loads(files.small_files["config.json"])["mimi_name"] == name
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_codec_in_a_file_of_its_own_gets_a_folder(tmp_path: Path) -> None:
+    file = tmp_path / "large.ckpt"
+    file.write_bytes(b"weights")
+    model = replace(random_model(make_config(tmp_path, "codec.name=wavtokenizer")), companions=Companions(codec=file))
+    copy(moshi_files(model).copies, tmp_path / "out")
+    assert (tmp_path / "out" / "codec" / "large.ckpt").read_bytes() == b"weights"
 
 
 @pytest.mark.usefixtures("one_rank")
