@@ -40,7 +40,7 @@ class start:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        command = [sys.executable, "tools/serve.py", str(folder), "--port", str(port), *options]
+        command = [sys.executable, "tools/serve.py", str(folder), "--port", str(port), "--device", "cpu", *options]
         with log.open("w") as file:
             self.popen = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
         self.served = Served(psutil.Process(self.popen.pid), port, log)

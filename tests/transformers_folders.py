@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,6 +19,12 @@ from megaspeech.data.tokenizer import train_tokenizer
 from megaspeech.model.speech_text_model import SpeechTextModel
 
 TEXT = ["zero one two three four five six seven eight nine", "to be, or not to be"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet() -> None:
+    """transformers warns of its own ways; the tests see to ours."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
 def companions(folder: Path, *, num_quantizers: int = 6) -> Companions:

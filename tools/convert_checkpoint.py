@@ -30,6 +30,9 @@ def main(arguments: list[str]) -> int:
     except OSError as error:
         print(f"convert_checkpoint: {error}; the same command goes on where it was", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("convert_checkpoint: stopped; the same command goes on where it was", file=sys.stderr)
+        return 130
     _show(report, destination=conversion.destination)
     return 0
 
@@ -47,7 +50,12 @@ def _read(arguments: list[str]) -> Conversion:
     add("--dtype", choices=tuple(DTYPES), help="precision of the numbers; as they are, if not given")
     add("--tokenizer", type=Path, metavar="FILE", help="sentencepiece model to go with it; another changes vocabulary")
     add("--old-tokenizer", type=Path, metavar="FILE", help="the model's own, .model or tokenizer.json, if not in SRC")
-    add("--codec", type=Path, metavar="PATH", help="the codec that goes with it: a folder, or Kyutai's Mimi file")
+    add(
+        "--codec",
+        type=Path,
+        metavar="PATH",
+        help="the codec to go with it: a folder, a name in the cache, Kyutai's Mimi file",
+    )
     add("--num-codebooks", type=int, metavar="N", help="that the model is to predict; new ones start from its own")
     add("--num-given-codebooks", type=int, metavar="N", help="that the model is to hear, likewise")
     add("--config", type=Path, metavar="FILE", help="of the run that starts from a text model: its streams and depth")

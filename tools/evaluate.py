@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -32,9 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     warnings.filterwarnings("ignore")
     try:
-        with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-            options.scratch = Path(scratch)
-            _follow(options) if options.follow else _once(options)
+        _follow(options) if options.follow else _once(options)
     except (ValueError, ImportError, OSError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 1
@@ -99,24 +96,22 @@ def _follow(options: argparse.Namespace) -> None:
 
 
 def _evaluate(model: Path, options: argparse.Namespace, *, folder: Path) -> dict[str, Any]:
-    import torch
     from rich.console import Console
     from tqdm import tqdm
 
     from megaspeech.conversion.served import converted
-    from megaspeech.preparation.encoding import encoding_device
     from megaspeech.streaming.folder import open_folder
     from megaspeech.streaming.judging import judges_of
     from megaspeech.streaming.manifests import read_manifests
     from megaspeech.streaming.results import Settings, evaluate
     from megaspeech.streaming.results_table import table_of
+    from megaspeech.streaming.runtime import place_of
 
     utterances, refused = read_manifests(options.manifests, format=options.format, task=options.task)
-    device = encoding_device(options.device)
-    is_bf16 = options.dtype == "bf16" or (options.dtype is None and device.type != "cpu")
+    device, dtype = place_of(options.device, dtype=options.dtype)
     with converted(model, scratch=options.scratch) as source:
         result = evaluate(
-            open_folder(source, device=device, dtype=torch.bfloat16 if is_bf16 else torch.float32),
+            open_folder(source, device=device, dtype=dtype),
             utterances,
             folder=folder,
             settings=Settings(batch_size=options.batch, num_timed=options.latency, judges=judges_of(options.judge)),

@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PACKAGES = ("moshi", "transformers", "triton")
 
 
@@ -30,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore")
     try:
         _measure(options)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         print(f"measure_latency: {error}", file=sys.stderr)
         return 2
     return 0
@@ -46,7 +45,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--frames", type=int, default=200, help="that are timed for each number (default 200)")
     parser.add_argument("--codec", action="store_true")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", choices=DTYPES, help="default bf16 on an accelerator, fp32 on a CPU")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="default bf16 on an accelerator, fp32 on a CPU")
     parser.add_argument("--cpu-time", action="store_true", help="of this process, on a CPU that is shared with others")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--chart", type=Path)
@@ -58,24 +57,24 @@ def _measure(options: argparse.Namespace) -> None:
     from megaspeech.benchmarks import sessions, sessions_report, sessions_run
     from megaspeech.benchmarks.served import add_answers, open_model
     from megaspeech.kernels.benchmarks.machine import describe_machine
-    from megaspeech.preparation.encoding import encoding_device
+    from megaspeech.streaming.runtime import DTYPES, place_of
 
-    device = encoding_device(options.device)
+    device, dtype = place_of(options.device, dtype=options.dtype)
     on_cpu = device.type == "cpu"
-    dtype = options.dtype or ("fp32" if on_cpu else "bf16")
     if options.cpu_time and not on_cpu:
         raise ValueError(f"--cpu-time: is no measure of what {device} does; leave it out")
     if on_cpu:
         torch.set_num_threads(1)  # as sessions would be served; small matrices gain nothing from a second one
-    try:
-        batches = [int(number) for number in options.batches.split(",")]
-    except ValueError:
-        raise ValueError(f"--batches {options.batches}: write numbers with commas, such as 1,8,32") from None
+    batches = [int(number) if number.isdecimal() else 0 for number in options.batches.split(",")]
+    if min(batches) < 1:
+        raise ValueError(f"--batches {options.batches}: write numbers with commas, such as 1,8,32")
+    if options.frames < 1:
+        raise ValueError(f"--frames {options.frames}: time 1 or more, better 200")
     torch.manual_seed(1)
-    model = open_model(options.model, options.overrides, device=device, dtype=DTYPES[dtype])
+    model = open_model(options.model, options.overrides, device=device, dtype=dtype)
     report = sessions_run.Report(
         model=Path(options.model).name,
-        dtype=dtype,
+        dtype=next(name for name, one in DTYPES.items() if one is dtype),
         frame_rate=model.frame_rate,
         machine=describe_machine(device.type, packages=PACKAGES),
         bandwidth=sessions.memory_bandwidth(device),

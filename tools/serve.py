@@ -32,23 +32,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets the network in (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8998, help="default: %(default)s")
     parser.add_argument("--static", type=Path, help="folder with another page, such as Kyutai's client, built")
-    parser.add_argument("--device", default="cpu", help="such as cuda (default: %(default)s)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="default: %(default)s")
+    parser.add_argument("--device", default="auto", help="such as cuda (default: the accelerator, if there is one)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="default: bf16 on an accelerator, fp32 on a CPU")
     parser.add_argument("--temperature", type=float, help="draw tokens; without, a task gets the most likely ones")
     return parser
 
 
 def _serve(options: argparse.Namespace) -> None:
-    import torch
-
     from megaspeech.streaming import server
     from megaspeech.streaming.folder import open_folder
     from megaspeech.streaming.live import task_of
+    from megaspeech.streaming.runtime import place_of
 
     static = options.static or server.PAGE
     if not (static / "index.html").is_file():
         raise ValueError(f"--static {static}: there is no index.html in it; name the folder of a built page")
-    served = open_folder(options.folder, device=options.device, dtype=getattr(torch, options.dtype))
+    device, dtype = place_of(options.device, dtype=options.dtype)
+    served = open_folder(options.folder, device=device, dtype=dtype)
     speech_server = server.SpeechServer(served, task=task_of(options.task, served), temperature=options.temperature)
     speech_server.warm_up()
     server.run(speech_server.app(static), host=options.host, port=options.port)

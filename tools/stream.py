@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         _stream(options)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         print(f"stream: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -44,21 +44,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", help="WAV for what the model says")
     parser.add_argument("--realtime", action="store_true", help="hear the file as fast as it was spoken")
     parser.add_argument("--timestamps", action="store_true", help="a line for every piece of text, with its time")
-    parser.add_argument("--device", default="cpu", help="such as cuda (default: %(default)s)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="default: %(default)s")
+    parser.add_argument("--device", default="auto", help="such as cuda (default: the accelerator, if there is one)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="default: bf16 on an accelerator, fp32 on a CPU")
     parser.add_argument("--temperature", type=float, help="draw tokens; without, the most likely ones are taken")
     return parser
 
 
 def _stream(options: argparse.Namespace) -> None:
-    import torch
-
     from megaspeech.streaming.folder import open_folder
     from megaspeech.streaming.live import LiveSession, task_of
+    from megaspeech.streaming.runtime import place_of
 
     if (options.sound is not None) + options.microphone + (options.text is not None) != 1:
         raise ValueError("give one of a sound file, --microphone and --text")
-    served = open_folder(options.folder, device=options.device, dtype=getattr(torch, options.dtype))
+    device, dtype = place_of(options.device, dtype=options.dtype)
+    served = open_folder(options.folder, device=device, dtype=dtype)
     task = task_of(options.task, served)
     if not options.microphone and options.output is None and task is not None and task.speaks:
         raise ValueError(f"--output is missing: {task.key} speaks; name a WAV for what it says")

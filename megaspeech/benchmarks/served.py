@@ -86,7 +86,7 @@ def add_answers(
     """Latencies of real answers to manifests; nothing where there is no manifest.
 
     Args:
-        report: gets the latencies.
+        report: gets the latencies; its rows tell how many sessions fit the memory.
         model: that answers.
         manifests: to ask; without any, the validation manifests of the run, as far as they are here.
         num_utterances: of each task.
@@ -110,7 +110,8 @@ def add_answers(
     codes, _ = encode_recordings(recordings_of(read), codec=model.served.codec)
     evaluator = Evaluator(model.served, clock=clock)
     asked = first_of_each_task(evaluator.requests(read, codes), num_utterances)
-    for batch_size in batches if asked else ():
+    fitting = {row.batch_size for row in report.rows if row.step_ms}
+    for batch_size in filter(fitting.__contains__, batches if asked else ()):
         advance(f"answers to {len(asked)} utterances, {batch_size} at a time")
         found = evaluator.latencies(asked, batch_size=batch_size)
         report.latencies.extend(

@@ -9,32 +9,34 @@ from pathlib import Path
 
 from megaspeech.checkpoint.origin import StreamManifest
 from megaspeech.codecs.registry import load_codec
+from megaspeech.codecs.weights import locate
 from megaspeech.config import Config
-from megaspeech.conversion.stored import TOKENIZER_FILE, Companions, StoredModel
+from megaspeech.conversion.stored import Companions, StoredModel
 from megaspeech.data.tokenizer import Tokenizer
-
-CODEC = "codec"
-"""Where the folder of a codec goes; a codec in one file keeps its name."""
 
 
 def named(config: Config) -> Companions:
     """The files that a run's config names, as far as they are here."""
-    tokenizer, codec = Path(config.data.tokenizer), Path(config.codec.path)
-    return Companions(
-        tokenizer=tokenizer if tokenizer.is_file() else None,
-        codec=codec if config.codec.path and codec.exists() else None,
-    )
+    tokenizer = Path(config.data.tokenizer)
+    return Companions(tokenizer=tokenizer if tokenizer.is_file() else None, codec=codec_at(config.codec.path))
+
+
+def codec_at(path: str | Path) -> Path | None:
+    """Where a codec lies that is told by its path, or by its name in the Hugging Face cache; None if nowhere here."""
+    if str(path) and Path(path).exists():
+        return Path(path)
+    try:
+        return locate(path, codec="any", needs="its files", published="NAME")
+    except ValueError:
+        return None
 
 
 def with_companions(model: StoredModel, *, tokenizer: Path | None, codec: Path | None) -> StoredModel:
     """The model with the companions that the user names, else its own.
 
     Raises:
-        ValueError: a named file is missing, or the tokenizer is of another size than the model.
+        ValueError: the tokenizer is of another size than the model.
     """
-    for option, path in (("--tokenizer", tokenizer), ("--codec", codec)):
-        if path is not None and not path.exists():
-            raise ValueError(f"{option}: there is no {path}")
     known = model.companions
     found = replace(known, tokenizer=tokenizer or known.tokenizer, codec=codec or known.codec)
     if found.tokenizer is not None:
@@ -49,16 +51,6 @@ def _check_size(tokenizer: Path, *, model: StoredModel) -> None:
             f"{tokenizer} has {found:,} pieces, and the model's text has {wanted:,} (streams.text_cardinality); "
             f"give the model's own by --tokenizer, or, to change its vocabulary, name it by --old-tokenizer"
         )
-
-
-def placed(model: StoredModel) -> dict[str, Path]:
-    """The companions by the names that they have beside a model's weights."""
-    found, places = model.companions, {}
-    if found.tokenizer is not None:
-        places[TOKENIZER_FILE] = found.tokenizer
-    if found.codec is not None:
-        places[CODEC if found.codec.is_dir() else found.codec.name] = found.codec
-    return places
 
 
 def missing(model: StoredModel) -> list[str]:
@@ -86,6 +78,7 @@ def copy(places: Mapping[str, Path], folder: Path) -> None:
         if path.is_dir():
             shutil.copytree(path, folder / name, dirs_exist_ok=True)
         else:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
 
 

@@ -14,7 +14,6 @@ import torch
 
 from megaspeech.checkpoint.checksums import Checksum, read_checksums
 from megaspeech.config import read_config
-from megaspeech.config.computation import PrecisionSection
 from megaspeech.conversion import companions, verify
 from megaspeech.conversion.deferred import Deferred
 from megaspeech.conversion.formats import FORMATS, NATIVE, TARGETS, Format, function
@@ -22,7 +21,7 @@ from megaspeech.conversion.growth import grow_streams
 from megaspeech.conversion.native_writing import write_native
 from megaspeech.conversion.rules import forget
 from megaspeech.conversion.safetensors_files import write_safetensors
-from megaspeech.conversion.stored import StoredModel
+from megaspeech.conversion.stored import StoredModel, kept_in
 from megaspeech.conversion.verify import Agreement
 from megaspeech.conversion.vocabulary import swap_vocabulary
 from megaspeech.conversion.writing import Aside, Progress, aside, refuse_existing
@@ -110,6 +109,7 @@ def convert(conversion: Conversion, *, progress: Progress = lambda _: None, tota
     """
     started = time.perf_counter()
     source_format = _source_format(conversion)
+    conversion = replace(conversion, codec=conversion.codec and companions.codec_at(conversion.codec))
     refuse_existing(conversion.destination)
     given = {name: getattr(conversion, name) for name in source_format.options}
     if given.get("config"):
@@ -155,7 +155,7 @@ def _with_vocabulary(model: StoredModel, conversion: Conversion) -> StoredModel:
     beside = conversion.source / "tokenizer.json"  # of text models; no sentencepiece model lies there
     old = conversion.old_tokenizer or model.companions.tokenizer or (beside if beside.is_file() else None)
     new = conversion.tokenizer
-    if new is None or old is None or not new.is_file() or new.read_bytes() == old.read_bytes():
+    if new is None or old is None or new.read_bytes() == old.read_bytes():
         return model
     return swap_vocabulary(model, tokenizer=new, old_tokenizer=old)
 
@@ -165,14 +165,11 @@ def in_precision(model: StoredModel, dtype: str | None) -> StoredModel:
     if dtype is None:
         return model
     weights = {name: one.to(DTYPES[dtype]) for name, one in model.weights.items()}
-    config = model.config
-    if dtype != config.precision.params_dtype and dtype != "fp16":  # no run keeps parameters in FP16
-        config = config.model_copy(update={"precision": PrecisionSection(recipe=dtype)})
-    return replace(model, config=config, weights=weights)
+    return replace(model, config=kept_in(model.config, DTYPES[dtype]), weights=weights)
 
 
 def _source_format(conversion: Conversion) -> Format:
-    """The source's; options that the two formats have no use for are refused."""
+    """The source's; options that the two formats have no use for are refused, and files that are not there."""
     source = FORMATS[conversion.source_format]
     for name, default in OF_A_READER.items():
         if getattr(conversion, name) != default and name not in source.options:
@@ -186,6 +183,12 @@ def _source_format(conversion: Conversion) -> Format:
             raise ValueError(f"--{name}: is for --to {takers}, not for --to {conversion.target_format}")
     if conversion.max_shard_bytes is not None and not target.takes_shards:
         raise ValueError(f"--max-shard-size: what reads --to {conversion.target_format} wants one file; leave it out")
+    for name in ("tokenizer", "old_tokenizer", "codec"):
+        path = getattr(conversion, name)
+        if path is not None and not (companions.codec_at(path) if name == "codec" else path.is_file()):
+            raise ValueError(f"--{name.replace('_', '-')}: there is no {path}")
+    if conversion.old_tokenizer is not None and conversion.tokenizer is None:
+        raise ValueError("--old-tokenizer: it is for a change of vocabulary; name the new tokenizer by --tokenizer")
     if conversion.dtype == "fp16" and conversion.target_format == NATIVE:
         raise ValueError("--dtype fp16: no run keeps parameters in FP16; take bf16 or fp32")
     return source
@@ -231,12 +234,11 @@ class _Foreign:
         form = FORMATS[conversion.target_format]
         given = {name: getattr(conversion, name) for name in form.writer_options}
         self.files = function(form.files)(model, **given)
-        self.beside = companions.placed(model) if form.takes_companions else {}
-        self.notes = [*self.files.notes, *(companions.missing(model) if form.takes_companions else [])]
+        self.notes = self.files.notes
         weights = [*self.files.weights.values()]
         weights += [one for others in self.files.weights_beside.values() for one in others.values()]
         self.num_tensors, self.num_bytes = len(weights), sum(one.num_bytes for one in weights)
-        self.num_bytes_beside = companions.num_bytes(self.beside)
+        self.num_bytes_beside = companions.num_bytes(self.files.copies)
 
     def write(self, folder: Aside, *, progress: Progress) -> Mapping[str, Checksum]:
         weights: dict[str, Deferred] = self.files.weights
@@ -246,7 +248,7 @@ class _Foreign:
             written |= write_safetensors(others, folder, name=name, progress=progress)
         for name, content in self.files.small_files.items():
             (folder.path / name).write_bytes(content)
-        companions.copy(self.beside, folder.path)
+        companions.copy(self.files.copies, folder.path)
         return folder.checksums(written)
 
 

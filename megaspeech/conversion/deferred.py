@@ -13,6 +13,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+IN_FP16 = "numbers in FP16 are kept in FP32, which holds them all; --dtype bf16 rounds and halves them"
+"""For the user, of what `Deferred.held` does."""
+
 
 @dataclass(frozen=True)
 class Deferred:
@@ -31,6 +34,10 @@ class Deferred:
     def of(cls, tensor: Tensor) -> Deferred:
         """A tensor that is there already."""
         return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+    def held(self) -> Deferred:
+        """The same as a native model keeps it: FP16, which none has, in FP32, which holds all its numbers."""
+        return self.to(torch.float32) if self.dtype is torch.float16 else self
 
     def to(self, dtype: torch.dtype) -> Deferred:
         """The same in another precision."""

@@ -21,7 +21,6 @@ class Format:
         writer_options: of the command, which `files` takes too.
         difference: `(native model, path, config) -> float`, the largest difference of logits from those of the
             format's own runtime, both in FP32; empty for our own.
-        takes_companions: whether tokenizer and codec lie beside the weights as files of their own.
         takes_shards: whether its runtime reads weights in several files.
     """
 
@@ -29,7 +28,6 @@ class Format:
     options: tuple[str, ...] = ()
     files: str = ""
     difference: str = ""
-    takes_companions: bool = False
     writer_options: tuple[str, ...] = ()
     takes_shards: bool = False
 
@@ -41,7 +39,6 @@ FORMATS = {
         options=("drop", "lora"),
         files="moshi:moshi_files",
         difference="verify:moshi_difference",
-        takes_companions=True,
         writer_options=("int8",),
     ),
     "transformers": Format(

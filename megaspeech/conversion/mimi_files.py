@@ -101,15 +101,29 @@ def open_mimi(path: str | Path, *, runtime_config: str | Path | None = None) -> 
         ValueError: there is none, it is damaged, or it has what the other format cannot say; names file and key.
         ImportError: transformers is not installed; says how to.
     """
-    path = Path(path)
-    if path.is_dir() and not any(path.glob(KYUTAI_FILES)):
-        return _of_transformers(path)
-    file = only_file(path, (KYUTAI_FILES,), codec="mimi", needs=KYUTAI_FILES) if path.is_dir() else path
+    file = kyutai_file(Path(path))
+    if file is None:
+        return _of_transformers(Path(path))
     values = json.loads(Path(runtime_config).read_text(encoding="utf-8")) if runtime_config else None
     config = from_runtime_config(values, name=str(runtime_config))
     table, weights = rules(config), packed(open_safetensors(file))
     _check_names(weights, {name for rule in table for name in rule.native}, file=file)
     return Mimi(config, to_foreign(weights, table))
+
+
+def kyutai_file(path: Path) -> Path | None:
+    """Kyutai's file of a Mimi: `path` itself, or the one in that folder; None of a folder without.
+
+    Raises:
+        ValueError: the folder has several, or the file is another.
+    """
+    if path.is_dir():
+        return only_file(path, (KYUTAI_FILES,), codec="mimi", needs="one") if any(path.glob(KYUTAI_FILES)) else None
+    if not any(name.startswith("quantizer.rvq_first.") for name in open_safetensors(path)):
+        raise ValueError(
+            f"{path}: is not Kyutai's file of a Mimi; of another codec, or of transformers' Mimi, name its folder"
+        )
+    return path
 
 
 def _of_transformers(folder: Path) -> Mimi:

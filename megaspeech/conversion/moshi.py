@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megaspeech.config import Config, as_toml, config_of, read_config
+from megaspeech.codecs.moshi_mimi import KYUTAI_FILES
+from megaspeech.config import Config, as_toml
+from megaspeech.conversion.companions import missing
 from megaspeech.conversion.deferred import Deferred, Weights
 from megaspeech.conversion.layouts import Chain, GroupedQueries, Joined, Same, Stacked, Table, Unbound, Viewed
-from megaspeech.conversion.mimi_files import KYUTAI_FILE, beside_the_runtime, open_mimi
+from megaspeech.conversion.mimi_files import KYUTAI_FILE, beside_the_runtime, kyutai_file, open_mimi
 from megaspeech.conversion.moshi_config import (
     CONFIG_FILE,
     LEGACY,
@@ -36,14 +39,13 @@ from megaspeech.conversion.moshi_refusals import TENSORS_OF, held_values
 from megaspeech.conversion.native import native_shapes
 from megaspeech.conversion.rules import Layout, Rule, to_foreign, to_native
 from megaspeech.conversion.safetensors_files import INDEX, open_safetensors
-from megaspeech.conversion.stored import TOKENIZER_FILE, Companions, ForeignFiles, StoredModel
+from megaspeech.conversion.stored import Companions, ForeignFiles, StoredModel, kept_in, overlaid
+from megaspeech.streaming.folder import CODEC_FOLDER, RUN_FILE, TOKENIZER_FILE, files_beside, run_of
+from megaspeech.streaming.runtime import named_file
 
-RUN_FILE = "megaspeech.toml"
 MIMI_FRAME_RATE = 12.5
 LORA_SCALING = 2.0
 """Where a config.json does not say (moshi/models/loaders.py)."""
-RECIPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp32"}
-"""The run's precision that holds weights of each; no run has FP16, whose numbers FP32 holds exactly."""
 EARLY_END, PAD = 2, 3
 """Rows of the text embedding: moshi runs "hibiki" models with the first, end of sentence, made equal to the second."""
 
@@ -144,18 +146,29 @@ def moshi_files(model: StoredModel, *, int8: bool = False) -> ForeignFiles:
         ValueError: the model has what the runtime knows nothing of.
     """
     values = moshi_config(model.config) | ({"quantize": True} if int8 else {})
+    codec, copies = _codec(model), {}
     if model.companions.tokenizer is not None:
         values["tokenizer_name"] = TOKENIZER_FILE
-    if model.companions.codec is not None and model.companions.codec.is_file():
-        values["mimi_name"] = model.companions.codec.name
-    codec, inside = ForeignFiles({}), model.companions.model_with_mimi
-    if model.companions.codec is None and inside is not None:
-        codec = beside_the_runtime(open_mimi(inside))
-        values |= {"mimi_name": KYUTAI_FILE} if KYUTAI_FILE in codec.weights_beside else {}
+        copies[TOKENIZER_FILE] = model.companions.tokenizer
+    if name := next((name for name in (*codec.copies, *codec.weights_beside) if fnmatch(name, KYUTAI_FILES)), None):
+        values["mimi_name"] = name
     files = {CONFIG_FILE: json.dumps(values, indent=1).encode(), RUN_FILE: as_toml(model.config).encode()}
     weights = to_foreign(model.weights, rules(model.config))
     weights = in_int8(weights) if int8 else weights
-    return ForeignFiles(weights, files | codec.small_files, codec.weights_beside)
+    notes = tuple(missing(model))
+    return ForeignFiles(weights, files | codec.small_files, codec.weights_beside, copies | codec.copies, notes)
+
+
+def _codec(model: StoredModel) -> ForeignFiles:
+    """The codec's files: a Mimi in Kyutai's one file wherever it can be had, another codec's as they are."""
+    path = model.companions.codec or model.companions.model_with_mimi
+    if path is None:
+        return ForeignFiles({})
+    if model.config.codec.name != "mimi":
+        return ForeignFiles({}, copies={CODEC_FOLDER if path.is_dir() else f"{CODEC_FOLDER}/{path.name}": path})
+    if file := kyutai_file(path):
+        return ForeignFiles({}, copies={file.name if fnmatch(file.name, KYUTAI_FILES) else KYUTAI_FILE: file})
+    return beside_the_runtime(open_mimi(path))
 
 
 def open_moshi(path: str | Path, *, drop: Sequence[str] = (), lora: Path | None = None) -> StoredModel:
@@ -205,20 +218,15 @@ def _settings(folder: Path) -> tuple[dict[str, Any], list[str]]:
 
 def _weights_file(folder: Path, values: Values) -> Path:
     """That which the config names, or an index of shards."""
-    file = _local(folder, values.get("moshi_name", WEIGHTS_FILE))
+    file = named_file(folder, values.get("moshi_name", WEIGHTS_FILE))
     return folder / INDEX if not file.is_file() and (folder / INDEX).is_file() else file
-
-
-def _local(folder: Path, name: str) -> Path:
-    """A name in a `config.json`; "file://" begins one that is not of the folder."""
-    return Path(name.removeprefix("file://")) if name.startswith("file://") else folder / name
 
 
 def _with_lora(
     weights: Weights, values: Values, *, folder: Path, file: Path | None
 ) -> tuple[dict[str, Deferred], list[str]]:
     if file is None and values.get("lora_name"):
-        file = _local(folder, values["lora_name"])
+        file = named_file(folder, values["lora_name"])
     if file is None:
         if values.get("lora"):
             raise ValueError(f"{CONFIG_FILE} says lora = true and names no file of it; give it by --lora")
@@ -261,10 +269,9 @@ def _in_one_precision(weights: Weights, notes: list[str]) -> tuple[dict[str, Def
     """That of the text embedding, in which moshi runs all of them."""
     if "text_emb.weight" not in weights:
         raise ValueError("tensor text_emb.weight is missing; these are no weights of moshi's language model")
-    dtype = weights["text_emb.weight"].dtype
-    if dtype not in RECIPES:
-        raise ValueError(f"tensor text_emb.weight is in {dtype}; take the model's weights in FP32 or BF16")
-    held = torch.float32 if dtype is torch.float16 else dtype
+    held = weights["text_emb.weight"].held().dtype
+    if held not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"tensor text_emb.weight is in {held}; take the model's weights in FP32 or BF16")
     odd = sum(one.dtype is not held for one in weights.values())
     notes = [*notes, f"{odd} tensors in another precision read as {held}"] if odd else notes
     return {name: one.to(held) for name, one in weights.items()}, notes
@@ -286,39 +293,29 @@ def _check_tensors(weights: Weights, table: list[Rule], *, config: Config) -> No
 
 
 def _config(folder: Path, values: Values, *, dtype: torch.dtype) -> Config:
-    """The run's own config if we wrote the folder, else one with the model's shape and defaults for the rest."""
-    sections = sections_of(values)
-    if (folder / RUN_FILE).is_file():
-        config = read_config(folder / RUN_FILE)
-        _check_same(config, sections, folder=folder)
-        return config
+    """The model's, within the run's own config if we wrote the folder, else with defaults for the rest."""
+    run, sections = run_of(folder), sections_of(values)
+    if run is None:
+        sections |= _what_a_run_says(folder, values)
+    elif not values["dep_q"]:
+        del sections["depth"]  # a shape that nothing is made of
+    return kept_in(overlaid(run, sections, source=folder / CONFIG_FILE), dtype)
+
+
+def _what_a_run_says(folder: Path, values: Values) -> dict[str, dict[str, Any]]:
+    """The sections `data` and `codec`, as far as a folder of others tells them."""
     data, delay = {}, values.get("stt_config", {}).get("audio_delay_seconds")
     if delay is not None:
-        data["task_delay"] = int(delay * MIMI_FRAME_RATE)
+        data["task_delay"] = round(delay * MIMI_FRAME_RATE)
     found = _companions(folder, values)
     if found.tokenizer is not None:
         data["tokenizer"] = str(found.tokenizer)
-    codec = {"name": "mimi", "path": str(found.codec or "")}
-    tables = {**sections, "data": data, "codec": codec, "precision": {"recipe": RECIPES[dtype]}}
-    return config_of(tables, source=str(folder / CONFIG_FILE))
-
-
-def _check_same(config: Config, sections: dict[str, dict[str, Any]], *, folder: Path) -> None:
-    expected = config_of(sections, source=str(folder / CONFIG_FILE))
-    for name, values in sections.items():
-        if name == "depth" and not config.streams.num_codebooks:
-            continue
-        for key in values:
-            mine, theirs = getattr(getattr(config, name), key), getattr(getattr(expected, name), key)
-            if mine != theirs:
-                raise ValueError(
-                    f"{RUN_FILE} has {name}.{key} = {mine}, and {CONFIG_FILE} means {theirs}; remove {RUN_FILE}, or "
-                    f"put back the one of this model"
-                )
+    return {"data": data, "codec": {"name": "mimi", "path": str(found.codec or "")}}
 
 
 def _companions(folder: Path, values: Values) -> Companions:
-    tokenizer = _local(folder, values.get("tokenizer_name", TOKENIZER_FILE))
-    named = [_local(folder, values["mimi_name"])] if "mimi_name" in values else []
-    codec = next((one for one in (*named, folder / "codec") if one.exists()), None)
-    return Companions(tokenizer=tokenizer if tokenizer.is_file() else None, codec=codec)
+    tokenizer, codec = files_beside(folder, values)
+    return Companions(
+        tokenizer=tokenizer if tokenizer.is_file() else None,
+        codec=codec if codec.exists() else None,
+    )

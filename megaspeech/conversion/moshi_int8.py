@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megaspeech.conversion.deferred import Deferred, Weights
 from megaspeech.conversion.layouts import Same
+from megaspeech.conversion.new_weights import ROWS_AT_ONCE
 from megaspeech.conversion.rules import Rule, to_foreign, to_native
 
 SCALE = "_scb"
@@ -26,15 +27,21 @@ class Int8:
 
     def to_foreign(self, native: Sequence[Tensor]) -> Sequence[Tensor]:
         """Int8 `[out, in]`, FP32 `[out]`."""
-        weight_OI = native[0].float()
-        scale_O = weight_OI.abs().amax(1)
-        steps_O1 = (LARGEST / scale_O.clamp(min=torch.finfo(torch.float32).tiny))[:, None]
-        return [(weight_OI * steps_O1).round().to(torch.int8), scale_O]
+        parts = zip(*map(_rounded, native[0].split(ROWS_AT_ONCE)), strict=True)
+        return [torch.cat(part) for part in parts]
 
     def to_native(self, foreign: Sequence[Tensor]) -> Sequence[Tensor]:
         """FP32 `[out, in]`, off by up to half a step of its row."""
         steps_OI, scale_O = foreign
-        return [steps_OI.float() * (scale_O.float() / LARGEST)[:, None]]
+        return [steps_OI.float().mul_((scale_O.float() / LARGEST)[:, None])]
+
+
+def _rounded(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """Int8 `[out, in]`, FP32 `[out]` of some rows."""
+    weight_OI = weight_OI.float()
+    scale_O = weight_OI.abs().amax(1)
+    steps_O1 = (LARGEST / scale_O.clamp(min=torch.finfo(torch.float32).tiny))[:, None]
+    return (weight_OI * steps_O1).round().to(torch.int8), scale_O
 
 
 def in_int8(weights: Weights) -> dict[str, Deferred]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,9 @@ from megaspeech.config import Config, read_config
 from megaspeech.conversion.companions import named
 from megaspeech.conversion.deferred import Deferred
 from megaspeech.conversion.native import native_shapes
+from megaspeech.conversion.new_weights import generator
 from megaspeech.conversion.stored import StoredModel
+from megaspeech.model.counting import used_rows
 
 
 def open_random(path: str | Path) -> StoredModel:
@@ -34,8 +35,7 @@ def random_model(config: Config, *, seed: int = 0) -> StoredModel:
     """
     shapes = native_shapes(config).items()
     read = config.streams.cardinalities[: config.streams.num_codebooks]
-    rows = {"embedding.weight": config.streams.cardinalities, "depth.embedding": read}
-    rows = {name: sum(cardinalities) + len(cardinalities) for name, cardinalities in rows.items()}
+    rows = {"embedding.weight": used_rows(config.streams.cardinalities), "depth.embedding": used_rows(read)}
     return StoredModel(
         config,
         {
@@ -49,11 +49,10 @@ def _drawing(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, *, rows: int | None, seed: int
 ) -> Callable[[], Tensor]:
     def draw() -> Tensor:
-        generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
-        drawn = torch.zeros(shape, dtype=dtype)
+        source, drawn = generator(name, seed=seed), torch.zeros(shape, dtype=dtype)
         if len(shape) == 1:
-            return drawn.normal_(1, 0.1, generator=generator)
-        drawn[:rows].normal_(std=shape[-1] ** -0.5, generator=generator)
+            return drawn.normal_(1, 0.1, generator=source)
+        drawn[:rows].normal_(std=shape[-1] ** -0.5, generator=source)
         return drawn
 
     return draw

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import tempfile
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -18,12 +18,12 @@ CHECKPOINTS = "checkpoints"
 
 
 @contextmanager
-def converted(path: Path, *, scratch: Path) -> Iterator[Path]:
+def converted(path: Path, *, scratch: Path | None = None) -> Iterator[Path]:
     """A converted folder of a model, for as long as it is needed.
 
     Args:
         path: a converted folder, a native checkpoint, or the directory of a run, of which it is the newest.
-        scratch: where a conversion is written, and removed from when done.
+        scratch: where a conversion is written, and removed from when done; None takes the system's place for that.
 
     Raises:
         ValueError: it is none of the three, or cannot be converted; names what is wrong.
@@ -34,13 +34,10 @@ def converted(path: Path, *, scratch: Path) -> Iterator[Path]:
     source = newest_checkpoint(path) if (path / CHECKPOINTS).is_dir() else path
     if not (source / CONFIG).is_file():
         raise ValueError(f"{path}: is no converted folder, no checkpoint and no run's directory; give one of them")
-    folder = scratch / source.name
-    shutil.rmtree(folder, ignore_errors=True)  # of another run's checkpoint of this name, or of a kill
-    try:
+    with tempfile.TemporaryDirectory(dir=scratch) as room:
+        folder = Path(room) / source.name
         convert(Conversion(source, folder, source_format="native", target_format="moshi", verify=False))
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def newest_checkpoint(run: Path) -> Path:

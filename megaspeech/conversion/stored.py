@@ -6,14 +6,16 @@ streams make one of another; every writer takes one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from megaspeech.config import Config
+import torch
+
+from megaspeech.config import Config, config_of
+from megaspeech.config.computation import PrecisionSection
 from megaspeech.conversion.deferred import Weights
-
-TOKENIZER_FILE = "tokenizer.model"
-"""The name of the sentencepiece model beside a model's weights."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,37 @@ class ForeignFiles:
         weights: by foreign name, for the safetensors file.
         small_files: the content of the others by name, such as config.json.
         weights_beside: those of a codec, by the name of the safetensors file that they have for themselves.
+        copies: files and folders that go along as they are, by the names that they get.
         notes: a line for each thing that is left out.
     """
 
     weights: Weights
     small_files: dict[str, bytes] = field(default_factory=dict)
     weights_beside: dict[str, Weights] = field(default_factory=dict)
+    copies: dict[str, Path] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+
+def overlaid(run: Config | None, sections: Mapping[str, Mapping[str, Any]], *, source: Path) -> Config:
+    """The config of a foreign model: what its `config.json` tells, and beside it what the run's own config does.
+
+    Args:
+        run: the config in a folder that we wrote; None takes defaults.
+        sections: of the model, by name and key.
+        source: the `config.json`, for messages.
+
+    Raises:
+        ValueError: the model cannot be held; names the key.
+    """
+    tables = {} if run is None else run.model_dump(mode="json", exclude_none=True)
+    for name, section in sections.items():
+        tables[name] = {**tables.get(name, {}), **section}
+    return config_of(tables, source=str(source))
+
+
+def kept_in(config: Config, dtype: torch.dtype) -> Config:
+    """The config of a model whose weights are in a precision; FP16 is read as FP32, see `Deferred.held`."""
+    recipe = "bf16" if dtype is torch.bfloat16 else "fp32"
+    if recipe == config.precision.params_dtype:
+        return config
+    return config.model_copy(update={"precision": PrecisionSection(recipe=recipe)})

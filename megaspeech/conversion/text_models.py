@@ -27,16 +27,17 @@ from torch import Tensor
 from megaspeech.config import Config
 from megaspeech.config.schema import StreamsSection, TemporalSection
 from megaspeech.conversion.companions import named
-from megaspeech.conversion.deferred import Deferred, Weights
+from megaspeech.conversion.deferred import IN_FP16, Deferred, Weights
 from megaspeech.conversion.layouts import Cut, GroupedQueries, Same, halves_of_pairs, pairs_of_halves
 from megaspeech.conversion.new_weights import generator, mean_row, new_depth, root_mean_square
 from megaspeech.conversion.rules import Layout, Rule, to_native
 from megaspeech.conversion.safetensors_files import open_safetensors
-from megaspeech.conversion.stored import TOKENIZER_FILE, StoredModel
+from megaspeech.conversion.stored import StoredModel
 from megaspeech.conversion.text_config import DROPPABLE, TextModel, config_of_text_model, read_text_model
 from megaspeech.model.counting import padded_rows
 from megaspeech.model.embedding import table_offsets
 from megaspeech.model.speech_text_model import ZERO_TOKEN, SpeechTextModel
+from megaspeech.streaming.folder import TOKENIZER_FILE
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 UNNEEDED = "rotary_emb.inv_freq"
@@ -161,7 +162,7 @@ def _notes(text: TextModel, *, config: Config, stored: Weights) -> tuple[str, ..
         *text.notes,
     ]
     if any(one.dtype is torch.float16 for one in stored.values()):
-        notes.append("numbers in FP16 are kept in FP32, which holds them all; --dtype bf16 rounds and halves them")
+        notes.append(IN_FP16)
     return tuple(notes)
 
 

@@ -16,17 +16,17 @@ import torch
 
 from megaspeech.codecs.neural import import_transformers
 from megaspeech.codecs.weights import CONFIG_FILE
-from megaspeech.config import Config, as_toml, config_of, read_config
-from megaspeech.conversion.deferred import Weights
+from megaspeech.config import Config, as_toml
+from megaspeech.conversion.deferred import IN_FP16, Weights
 from megaspeech.conversion.mimi_files import INSIDE, Mimi, first_codebooks, open_mimi
-from megaspeech.conversion.moshi import RUN_FILE
 from megaspeech.conversion.rules import Rule, to_foreign, to_native
 from megaspeech.conversion.safetensors_files import open_safetensors
-from megaspeech.conversion.stored import TOKENIZER_FILE, Companions, ForeignFiles, StoredModel
+from megaspeech.conversion.stored import Companions, ForeignFiles, StoredModel, kept_in, overlaid
 from megaspeech.conversion.transformers_moshi import moshi_config, moshi_generation, moshi_rules, moshi_sections
 from megaspeech.conversion.transformers_stt import stt_config, stt_generation, stt_rules, stt_sections
 from megaspeech.conversion.transformers_text import fast_tokenizer, saved
 from megaspeech.data.tasks import PROMPT_FRAMES, prompt_symbols
+from megaspeech.streaming.folder import RUN_FILE, TOKENIZER_FILE, run_of
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig
@@ -70,19 +70,18 @@ def open_transformers(path: str | Path) -> StoredModel:
         sections = kind.sections(found)
     except ValueError as error:
         raise ValueError(f"{path / CONFIG_FILE}: {error}") from error
-    known = read_config(path / RUN_FILE) if (path / RUN_FILE).is_file() else None
-    extractor = _extractor(path) if known is None else {}
+    run = run_of(path)
+    extractor = _extractor(path) if run is None else {}
     if delay := extractor.get("audio_delay_seconds"):
-        sections["data"] = {"task_delay": int(delay * found.codec_config.frame_rate)}
-    rules = kind.rules(_overlaid(known, sections, source=path))
+        sections["data"] = {"task_delay": round(delay * found.codec_config.frame_rate)}
+    config = overlaid(run, sections, source=path / CONFIG_FILE)
+    rules = kind.rules(config)
     _check_names(path, weights, rules, inside=INSIDE[found.model_type][1])
     native = to_native(weights, rules)
-    recipe = {torch.bfloat16: "bf16"}.get(native[TEXT_HEAD].dtype, "fp32")
-    if known is None or known.precision.params_dtype != recipe:
-        sections["precision"] = {"recipe": recipe}
-    config = _overlaid(known, sections, source=path)
+    notes = [IN_FP16] if native[TEXT_HEAD].dtype is torch.float16 else []
+    native = {name: one.held() for name, one in native.items()}
+    config = kept_in(config, native[TEXT_HEAD].dtype)
     tokenizer = path / TOKENIZER_FILE
-    notes = []
     if (initial := config.streams.text_cardinality) != (found.bos_token_id or initial):  # as Kyutai's 2.6B has it
         notes.append(f"bos_token_id = {found.bos_token_id} is no text token; the native model starts with {initial}")
     if silence := extractor.get("audio_silence_prefix_seconds"):
@@ -118,14 +117,6 @@ def _extractor(path: Path) -> dict[str, Any]:
             if found := values.get(inner) if inner else values:
                 return found
     return {}
-
-
-def _overlaid(known: Config | None, sections: dict[str, dict[str, Any]], *, source: Path) -> Config:
-    """The run's own config, if we wrote the folder, or the defaults, with the model that transformers' config tells."""
-    tables = {} if known is None else known.model_dump(mode="json", exclude_none=True)
-    for name, section in sections.items():
-        tables[name] = {**tables.get(name, {}), **section}
-    return config_of(tables, source=str(source / CONFIG_FILE))
 
 
 def _check_names(path: Path, weights: Weights, rules: list[Rule], *, inside: str) -> None:

@@ -19,6 +19,7 @@ from megaspeech.codecs.neural import import_transformers
 from megaspeech.config import Config
 from megaspeech.config.schema import StreamsSection
 from megaspeech.model.speech_text_model import SpeechTextModel
+from megaspeech.streaming.agreement import random_codes
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -62,9 +63,7 @@ def largest_difference(
         num_frames: length of the codes; beyond the context, the window is compared too.
         seed: of the codes.
     """
-    generator = torch.Generator().manual_seed(seed)
-    rows = [torch.randint(0, size, (2, num_frames), generator=generator) for size in streams.cardinalities]
-    codes_BST = torch.stack(rows, dim=1)
+    codes_BST = random_codes(streams, least=0, num_frames=num_frames, seed=seed)
     text_BTV, audio_BQTV = native.eval()(codes_BST)
     theirs_BTV, hidden_BTH = temporal_outputs(model, delayed(codes_BST, streams=streams, more=1))
     differences = [(text_BTV - theirs_BTV).abs().max()]

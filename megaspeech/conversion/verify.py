@@ -21,6 +21,7 @@ from megaspeech.config import Config
 from megaspeech.config.computation import PrecisionSection
 from megaspeech.conversion.deferred import Deferred
 from megaspeech.conversion.native import load_weights, whole_model
+from megaspeech.conversion.new_weights import ROWS_AT_ONCE
 from megaspeech.conversion.rules import forget
 from megaspeech.conversion.stored import StoredModel
 from megaspeech.model.speech_text_model import SpeechTextModel
@@ -79,7 +80,7 @@ def tensors_agree(model: StoredModel, written: StoredModel, *, path: Path) -> Ag
         ValueError: a tensor differs.
     """
     for name, one in model.weights.items():
-        if _checksum(one) != _checksum(written.weights[name]):
+        if _checksum(one.held()) != _checksum(written.weights[name]):
             raise ValueError(f"{path}: tensor {name} is not the one that was read; do not use it, and look at the disk")
     return Agreement(f"{len(model.weights)} tensors read back, all bits equal")
 
@@ -91,10 +92,11 @@ def rounded_tensors_agree(model: StoredModel, written: StoredModel, *, path: Pat
         ValueError: a tensor is farther off.
     """
     for name, one in model.weights.items():
-        before, after = one.read().float(), written.weights[name].read().float()
+        before, after = one.read(), written.weights[name].read()
         # Half a step of the eight bits, and of the precision that they are read back in.
-        most = before.abs().max() * (0.501 / 127 + torch.finfo(one.dtype).eps / 2)
-        if not (off := (after - before).abs().max()) <= most:
+        most = torch.stack(torch.aminmax(before)).float().abs().max() * (0.501 / 127 + torch.finfo(one.dtype).eps / 2)
+        rows = zip(before.split(ROWS_AT_ONCE), after.split(ROWS_AT_ONCE), strict=True)
+        if not (off := torch.stack([(a.float() - b.float()).abs().max() for b, a in rows]).max()) <= most:
             raise ValueError(f"{path}: tensor {name} is off by {off:.1e}, more than eight bits explain; do not use it")
     forget()
     return Agreement(f"{len(model.weights)} tensors read back, all within half a step of eight bits")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megaspeech.config.schema import StreamsSection
+from megaspeech.data.tasks import ZERO_TOKEN
 from megaspeech.model.speech_text_model import SpeechTextModel
 
 if TYPE_CHECKING:
@@ -27,9 +28,7 @@ def largest_difference(
         num_frames: length of the codes.
         seed: of the codes.
     """
-    generator = torch.Generator().manual_seed(seed)
-    rows = [torch.randint(-1, size, (2, num_frames), generator=generator) for size in streams.cardinalities]
-    codes_BST = torch.stack(rows, dim=1)
+    codes_BST = random_codes(streams, least=ZERO_TOKEN, num_frames=num_frames, seed=seed)
     text_BTV, audio_BQTV = model.eval()(codes_BST)
     ours = [text_BTV, *audio_BQTV.unbind(1)]
     theirs = runtime_logits(lm, codes_BST)
@@ -38,6 +37,13 @@ def largest_difference(
         # Position t is the prediction of frame t - delay; what is predicted before frame 0 is never used.
         differences.append((mine[:, delay:] - other[:, delay:].float()).abs().max())
     return float(torch.stack(differences).max())
+
+
+def random_codes(streams: StreamsSection, *, least: int, num_frames: int, seed: int) -> Tensor:
+    """Codes `[2, S, num_frames]` of all streams, from `least` up."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(least, size, (2, num_frames), generator=generator) for size in streams.cardinalities]
+    return torch.stack(rows, dim=1)
 
 
 def runtime_logits(lm: LMModel, codes_BST: Tensor) -> list[Tensor]:

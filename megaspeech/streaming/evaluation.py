@@ -112,7 +112,12 @@ class Evaluator:
             asked: see `requests`; each once, or more often where they do not fill a batch.
             batch_size: sessions that are served together, all from the same moment on.
             progress: wraps the iteration over batches.
+
+        Returns:
+            Nothing of a codec that cannot stream: no listener would hear such answers while they come.
         """
+        if not self.codec.can_stream:
+            return {}
         encode_seconds, decode_seconds = self._codec_seconds(batch_size)
         measured: dict[str, list[Latency]] = defaultdict(list)
         for batch in progress(full_batches(asked, batch_size=batch_size)):

@@ -10,6 +10,7 @@ Without `megaspeech.toml` nothing is known of tasks and their delays; the rest o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from megaspeech.config.schema import (
     TransformerSection,
 )
 from megaspeech.data.tokenizer import Tokenizer
-from megaspeech.streaming.runtime import load_runtime, read_runtime_config
+from megaspeech.streaming.runtime import load_runtime, named_file, read_runtime_config
 from megaspeech.streaming.session import check_streams
 
 if TYPE_CHECKING:
@@ -80,13 +81,14 @@ def open_folder(
     if not path.is_dir():
         raise ValueError(f"{path}: there is no such folder; make it with {CONVERT} --to moshi")
     values = read_runtime_config(path)
-    tokenizer_file = _tokenizer_file(path, values)
-    run = read_config(path / RUN_FILE) if (path / RUN_FILE).is_file() else None
-    codec_section = _codec_section(path, values, run=run)
+    tokenizer_file, codec_path = files_beside(path, values)
+    _check_there(tokenizer_file, codec_path)
+    run = run_of(path)
+    name = run.codec.name if run and codec_path.is_dir() else "mimi"
     lm = load_runtime(path, device=device, dtype=dtype)
     config = run or _config_of(lm, source=path)
     data = config.data.model_copy(update={"tokenizer": str(tokenizer_file)})
-    config = config.model_copy(update={"codec": codec_section, "data": data})
+    config = config.model_copy(update={"codec": CodecSection(name=name, path=str(codec_path)), "data": data})
     tokenizer = Tokenizer.load(tokenizer_file)
     try:
         check_streams(lm, config.streams)
@@ -98,28 +100,31 @@ def open_folder(
     return ServedFolder(lm, config, codec.to(device), tokenizer, knows_tasks=knows_tasks)
 
 
-def _tokenizer_file(path: Path, values: dict[str, Any]) -> Path:
-    file = _named(path, values.get("tokenizer_name"), TOKENIZER_FILE, KYUTAI_TOKENIZER)
-    if not file.is_file():
-        raise ValueError(f"{file}: there is no such file; convert with {CONVERT} --tokenizer FILE, or put it there")
-    return file
+def run_of(path: Path) -> Config | None:
+    """The config of the run that a converted folder's model comes from, if it is told."""
+    return read_config(path / RUN_FILE) if (path / RUN_FILE).is_file() else None
 
 
-def _codec_section(path: Path, values: dict[str, Any], *, run: Config | None) -> CodecSection:
-    """The codec's kind and where it lies in this folder."""
-    codec = _named(path, values.get("mimi_name"), CODEC_FOLDER, KYUTAI_MIMI)
-    if codec.is_dir():
-        return CodecSection(name=run.codec.name if run else "mimi", path=str(codec))
-    if codec.is_file():
-        return CodecSection(name="mimi", path=str(codec))
-    raise ValueError(f"{codec}: there is no codec; convert with {CONVERT} --codec PATH, or put the codec there")
+def files_beside(path: Path, values: Mapping[str, Any]) -> tuple[Path, Path]:
+    """(tokenizer, codec) of a folder with the `config.json` of these values, whether they are there or not."""
+    return (
+        _beside(path, values.get("tokenizer_name"), TOKENIZER_FILE, KYUTAI_TOKENIZER),
+        _beside(path, values.get("mimi_name"), CODEC_FOLDER, KYUTAI_MIMI),
+    )
 
 
-def _named(path: Path, name: str | None, ours: str, kyutais: str) -> Path:
+def _beside(path: Path, name: str | None, ours: str, kyutais: str) -> Path:
     """What a config.json names, else what lies there under our name, or under the one that moshi takes."""
     if name is None:
         name = kyutais if (path / kyutais).is_file() and not (path / ours).exists() else ours
-    return path / name
+    return named_file(path, name)
+
+
+def _check_there(tokenizer: Path, codec: Path) -> None:
+    if not tokenizer.is_file():
+        raise ValueError(f"{tokenizer}: there is no such file; convert with {CONVERT} --tokenizer, or put it there")
+    if not codec.exists():
+        raise ValueError(f"{codec}: there is no codec; convert with {CONVERT} --codec PATH, or put the codec there")
 
 
 def _open_codec(config: Config) -> Codec:

@@ -49,7 +49,8 @@ def judge(command: str, paths: Sequence[Path], *, language: str) -> list[str]:
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
         raise ValueError(f"--judge {command}: it ended with status {done.returncode}: {said}")
-    heard = done.stdout.splitlines()
+    *heard, rest = done.stdout.split("\n")  # not splitlines, which parts lines at characters that a text may hold
+    heard += [rest] if rest else []
     if len(heard) != len(paths):
         raise ValueError(
             f"--judge {command}: it printed {len(heard)} lines for {len(paths)} wavs; one a wav is wanted, empty where "

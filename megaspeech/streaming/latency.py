@@ -185,9 +185,3 @@ def summarise(latencies: Sequence[Latency]) -> dict[str, float | None | dict[str
     totals = [latency.total for latency in latencies]
     parts = {key: float(np.median([asdict(latency)[key] for latency in latencies])) for key in asdict(latencies[0])}
     return {"median": float(np.median(totals)), "p99": float(np.percentile(totals, 99)), "median_parts": parts}
-
-
-def summarise_steps(answers: Sequence[Answer], *, warm_up: int = 4) -> dict[str, float]:
-    """Median and 99th percentile of compute a frame in ms, the first `warm_up` steps of every answer left out."""
-    seconds = np.concatenate([answer.step_seconds[warm_up:] for answer in answers])
-    return {"median": 1000 * float(np.median(seconds)), "p99": 1000 * float(np.percentile(seconds, 99))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from megaspeech.preparation.encoding import encoding_device
+
 if TYPE_CHECKING:
     from moshi.models import LMGen, LMModel
 
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 MOSHI_VERSION = "0.2.13"
 """As pinned in constraints.txt."""
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 NOT_ARGUMENTS = ("model_type", "moshi_name", "mimi_name", "tokenizer_name", "lora_name", "lm_gen_config")
@@ -48,6 +52,25 @@ def import_moshi(device: str | torch.device = "cpu") -> ModuleType:
     return moshi.models
 
 
+def place_of(device: str, *, dtype: str | None = None) -> tuple[torch.device, torch.dtype]:
+    """(where a model computes, in which precision) by the tools' `--device` and `--dtype`.
+
+    Args:
+        device: torch's name; "auto" is the accelerator where there is one.
+        dtype: a key of `DTYPES`; None is BF16 on an accelerator, FP32 on a CPU.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    try:
+        place = encoding_device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {device}: it is not here ({reason}); take cpu, or auto for what is") from error
+    return place, DTYPES[dtype or ("fp32" if place.type == "cpu" else "bf16")]
+
+
 def load_runtime(
     directory: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> LMModel:
@@ -67,11 +90,12 @@ def load_runtime(
     """
     directory = Path(directory)
     config = read_runtime_config(directory)
-    weights = directory / config.get("moshi_name", WEIGHTS_FILE)
+    weights = named_file(directory, config.get("moshi_name", WEIGHTS_FILE))
     _require_file(weights)
     if config.get("quantize"):
         _require_int8(directory, dtype=dtype)
     loaders = import_moshi(device).loaders
+    gc.collect()  # models that have streamed refer to themselves; their memory is wanted now
     try:
         # Explicit paths everywhere: a None would be looked for on the hub.
         info = loaders.CheckpointInfo.from_hf_repo(
@@ -82,6 +106,8 @@ def load_runtime(
             config_path=directory / CONFIG_FILE,
         )
         return info.get_moshi(device=device, dtype=dtype)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"{weights} does not fit the memory of {device} in {dtype}; take another device") from error
     except (RuntimeError, TypeError, KeyError, AssertionError, SafetensorError) as error:
         raise ValueError(
             f"{directory}: {CONFIG_FILE} and {weights.name} do not make a model that moshi {MOSHI_VERSION} can load "
@@ -131,7 +157,7 @@ def _require_int8(directory: Path, *, dtype: torch.dtype) -> None:
     """See that matrices in eight bits can be run: moshi's loader rounds their scales to `dtype`, and then refuses any
     but FP32."""
     if dtype is not torch.float32:
-        raise ValueError(f"{directory}: its matrices are in eight bits, which moshi runs in FP32 alone, not in {dtype}")
+        raise ValueError(f"{directory}: matrices in eight bits, which moshi runs in FP32 alone: give --dtype fp32")
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
@@ -144,6 +170,11 @@ def _require_int8(directory: Path, *, dtype: torch.dtype) -> None:
 def _require_file(path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"there is no file {path}; export the checkpoint into this directory first")
+
+
+def named_file(directory: Path, name: str) -> Path:
+    """What a `config.json` in a folder names: a file of the folder, or after "file://" one anywhere."""
+    return Path(name.removeprefix("file://")) if name.startswith("file://") else directory / name
 
 
 def read_runtime_config(directory: str | Path) -> dict:

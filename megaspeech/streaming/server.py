@@ -1,9 +1,9 @@
 """Kyutai's `moshi.server` on a converted folder: any codec that streams, the prompt of a task, clients that misbehave.
 
-The model is held, heard and answered by Kyutai's own `ServerState`: its loop takes sound a frame at a time, steps the
-generator and sends back sound and text. Here is what it lacks: a codec that is not Mimi looks like it (`CodecAsMimi`);
-a session opens with the prompt; whoever comes second is told to wait and has a turn; whoever sends what it should not
-is sent away with a reason (`connection`), and the next one is served.
+The model is held, heard and answered by Kyutai's own `ServerState`: its loop takes sound a frame at a time and steps
+the generator. Here is what it lacks: a codec that is not Mimi looks like it (`CodecAsMimi`); text is what the tokenizer
+says; a session opens with the prompt; whoever comes second is told to wait and has a turn; whoever sends what it should
+not is sent away with a reason (`connection`), and the next one is served.
 
 The loop drops a client's first frame, because its first step hears nothing. With a prompt, this is the step after it.
 """
@@ -25,7 +25,6 @@ import torch
 
 from megaspeech.codecs.protocol import Codec
 from megaspeech.data.tasks import ZERO_TOKEN, Task
-from megaspeech.data.tokenizer import Tokenizer
 from megaspeech.streaming.live import LiveText, prompt_of
 from megaspeech.streaming.runtime import MOSHI_VERSION, import_moshi
 from megaspeech.streaming.steering import TextScript, TextSteering
@@ -37,6 +36,7 @@ try:
     from megaspeech.streaming.connection import (
         CLOSE_SECONDS,
         MAX_MESSAGE_BYTES,
+        SOUND,
         TEXT,
         Connection,
         DecodedSound,
@@ -109,22 +109,6 @@ class CodecAsMimi:
         return self._decoder.step(codes_BQ1[..., 0])[:, None]
 
 
-class LivePieces:
-    """A tokenizer with what `moshi.server` asks of sentencepiece: the text that a token adds."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self.start_over()
-
-    def start_over(self) -> None:
-        """Before a session."""
-        self._text = LiveText(self._tokenizer)
-
-    def id_to_piece(self, token: int) -> str:
-        """The text; empty for prompts and for characters that are not complete."""
-        return self._text.push(token)
-
-
 class SpeechServer:
     """A model that is served to one client at a time.
 
@@ -148,7 +132,7 @@ class SpeechServer:
         self._prompt = prompt_of(task, tokenizer=served.tokenizer)
         self._streams = streams
         self._mimi = CodecAsMimi(codec, num_given_codebooks=streams.num_given_codebooks)
-        self._pieces = LivePieces(served.tokenizer)
+        self._tokenizer = served.tokenizer
         draws: dict = {} if temperature is None else {"temp": temperature, "temp_text": temperature}
         if task is not None and temperature is None:
             draws = {"use_sampling": False}
@@ -156,8 +140,9 @@ class SpeechServer:
         self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         server = import_server()
         self._state = self._thread.submit(
-            server.ServerState, "moshi", self._mimi, self._pieces, served.lm, 1.0, served.lm.device, **draws
+            server.ServerState, "moshi", self._mimi, None, served.lm, 1.0, served.lm.device, **draws
         ).result()
+        self._state.decode_and_send = self._send
         self._connections: set[Connection] = set()
 
     def warm_up(self) -> None:
@@ -235,12 +220,20 @@ class SpeechServer:
         await connection.send_bytes(b"\x00")
         await self._state.recv_loop(connection, DecodedSound(), writer)
 
+    async def _send(self, tokens_BS1: torch.Tensor, ws: Connection, writer: OpusStreamWriter) -> None:
+        """What a step gave, for Kyutai's loop, whose own takes pieces 0 and 3 for no text whatever the tokenizer."""
+        samples_B1N = self._mimi.decode(tokens_BS1[:, 1:])
+        if pages := writer.append_pcm(samples_B1N[0, 0].cpu().numpy()):
+            await ws.send_bytes(SOUND + pages)
+        if text := self._text.push(int(tokens_BS1[0, 0])):
+            await ws.send_bytes(TEXT + text.encode())
+
     def _open(self) -> None:
         """Start over, and step through the prompt."""
         state, device = self._state, self._state.device
         self._mimi.reset_streaming()
         self._mimi.is_deaf = True
-        self._pieces.start_over()
+        self._text = LiveText(self._tokenizer)
         state.lm_gen.reset_streaming()
         script = TextScript(self._prompt, words=None, streams=self._streams)
         state.lm_gen.on_text_hook = TextSteering([script], streams=self._streams, device=device).force

@@ -23,8 +23,10 @@ from megaspeech.streaming.runtime import make_generator
 from megaspeech.streaming.steering import TextScript, TextSteering
 
 if TYPE_CHECKING:
-    from moshi.models import LMModel
+    from moshi.models import LMGen, LMModel
 
+WARMED_UP, WARM_UP = ("cuda",), 4
+"""Devices on which the runtime is slow at first, and the steps that it is given before the clock starts."""
 Clock: TypeAlias = Callable[[], float]
 """Gives seconds: `time.perf_counter`, or on a shared CPU `time.process_time`, which does not run while others do."""
 
@@ -51,7 +53,7 @@ class Answer:
     `text`: tokens `[T]` int64.
     `codes`: the model's own codebooks `[Q, T]` int64, without their delays: column t is the sound of frame t.
     `step_seconds`: how long step t took `[T]` float64, for the whole batch: it is a deployment's compute time only
-    where the batch was one request. The first steps are warm-up.
+    where the batch was one request.
     """
 
     text: np.ndarray
@@ -202,6 +204,8 @@ def _stream(
     heard_BQT = np.pad(given_BQT, ((0, 0), (0, 0), (1, 0)), constant_values=ZERO_TOKEN)
     seconds = np.zeros(num_steps)
     with generator.streaming(batch_size):
+        if lm.device.type in WARMED_UP:
+            _warm_up(generator, torch.from_numpy(heard_BQT[:, :, :1]).to(lm.device))
         for step in range(num_steps):
             start = clock()
             generator.step(torch.from_numpy(heard_BQT[:, :, step : step + 1]).to(lm.device))
@@ -210,6 +214,18 @@ def _stream(
             seconds[step] = clock() - start
     none = torch.zeros(num_steps, batch_size, 0, dtype=torch.long)  # of a model that writes text alone
     return torch.stack(texts).cpu().numpy(), (torch.stack(codes) if codes else none).cpu().numpy(), seconds
+
+
+def _warm_up(generator: LMGen, heard_BQ1: torch.Tensor) -> None:
+    """Have the runtime compile, and record its graphs, as a server does before anybody comes; then start over."""
+    hooks = {name: getattr(generator, name) for name in ("on_text_logits_hook", "on_text_hook", "on_audio_hook")}
+    for name in hooks:
+        setattr(generator, name, None)
+    for _ in range(WARM_UP):
+        generator.step(heard_BQ1)
+    generator.reset_streaming()
+    for name, hook in hooks.items():
+        setattr(generator, name, hook)
 
 
 def _undelay(codes_TBQ: np.ndarray, *, delays: Sequence[int]) -> np.ndarray:

@@ -94,6 +94,19 @@ def test_another_precision(home: Path, moshi: Path) -> None:
     assert all(torch.equal(mine[name], tensor.bfloat16()) for name, tensor in theirs.items())
 
 
+@pytest.mark.parametrize("fits", [True, False])
+def test_fp16(fits: bool, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verified either way; its config says what it is read as."""
+    monkeypatch.setattr(verify, "ROOM_BESIDE", 0 if fits else 1 << 60)
+    source = home / "bf16_run" / "step_00000000"
+    if not source.exists():
+        write_random(source, f"data.tokenizer={home}/tokenizer.model", "precision.recipe=bf16")
+    convert(Conversion(source, tmp_path / "half", "native", "moshi", dtype="fp16"))
+    assert {x.dtype for x in load_file(tmp_path / "half/model.safetensors").values()} == {torch.float16}
+    assert 'recipe = "fp32"' in (tmp_path / "half/megaspeech.toml").read_text()
+    convert(Conversion(tmp_path / "half", tmp_path / "step_00000000", "moshi", "native"))
+
+
 def killed(source: Path, destination: Path, *formats_and_moments: object) -> list[tuple[int, bool, str | None]]:
     """(moment, whether it was killed, hash of what came out) of conversions that kill themselves."""
     script = [sys.executable, str(ROOT / "tests/killing_conversions.py")]
@@ -160,7 +173,22 @@ def test_refusals(home: Path, moshi: Path, tmp_path: Path) -> None:
     assert line.endswith("--max-shard-size: what reads --to moshi wants one file; leave it out")
     line = failure(*TO_NATIVE, "--dtype", "fp16", moshi, out)
     assert "--dtype fp16: no run keeps parameters in FP16" in line
+    tokenizer = moshi / "tokenizer.model"
+    assert "--old-tokenizer: " in failure(*TO_MOSHI, "--old-tokenizer", tokenizer, source, out)
+    line = failure(*TO_MOSHI, "--tokenizer", tokenizer, "--old-tokenizer", home / "none.model", source, out)
+    assert line.endswith(f"--old-tokenizer: there is no {home / 'none.model'}")
     assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(safetensors_files, "check_finite", interrupted)
+    assert MAIN([*TO_MOSHI, str(home / "step_00000000"), str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "convert_checkpoint: stopped; the same command goes on where it was\n"
+    monkeypatch.undo()
+    assert MAIN([*TO_MOSHI, str(home / "step_00000000"), str(tmp_path / "out")]) == 0
 
 
 @pytest.fixture

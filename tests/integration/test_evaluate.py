@@ -15,6 +15,7 @@ from native_folders import write_random
 from one_rank import one_rank  # noqa: F401  a fixture
 from small_corpus import line, make_codec, make_tokenizer, record, write_manifest
 
+from megaspeech.conversion import companions
 from megaspeech.conversion.served import converted, new_checkpoints, newest_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -96,6 +97,21 @@ def test_what_is_removed_while_it_is_converted_ends_nothing(
     assert run(project, following, project / "test.jsonl", "--follow") == 0
     assert "step 2: the run has removed it meanwhile" in capsys.readouterr().err
     assert json.loads((following / "evaluation.jsonl").read_text())["step"] == 4
+
+
+def test_a_conversion_that_breaks_off_leaves_no_room_taken(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise FileNotFoundError("removed while it was read")
+
+    monkeypatch.setattr(companions, "copy", broken)
+    with (
+        pytest.raises(FileNotFoundError, match="removed while"),
+        converted(project / "run", scratch=tmp_path),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_errors_are_one_line(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

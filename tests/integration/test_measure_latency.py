@@ -22,6 +22,7 @@ from megaspeech.benchmarks.sessions_run import BY_ANSWERS, BY_DELAYS, Report, Wa
 from megaspeech.conversion.moshi_config import moshi_config
 from megaspeech.data.tasks import Task
 from megaspeech.model.counting import count_parameters
+from megaspeech.streaming.evaluation import Evaluator
 from megaspeech.streaming.latency import summarise
 from megaspeech.streaming.runtime import random_runtime
 
@@ -197,9 +198,30 @@ def test_the_tool_on_a_folder_asks_its_manifest(tmp_path: Path) -> None:
     assert {one["task"] for one in found["latencies"] if one["whence"] == "answers"} == {"asr-en", "tts-en"}
 
 
+def test_sessions_that_do_not_fit_are_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def starved(*_: object, batch_size: int, **options: object) -> Timed:
+        if batch_size > 1:
+            raise torch.OutOfMemoryError
+        return TIMED
+
+    def asked(self: Evaluator, *_: object, batch_size: int) -> dict:
+        assert batch_size == 1, "the memory is full again"
+        return {}
+
+    monkeypatch.setattr(sessions_run, "time_frames", starved)
+    monkeypatch.setattr(Evaluator, "latencies", asked)
+    record(tmp_path, "0", seconds=0.9)
+    manifest = write_manifest(tmp_path / "m.jsonl", [line("0.wav")])
+    options = ["--manifest", str(manifest), "--batches", "1,2", "--device", "cpu"]
+    assert measure_latency.main([str(make_served_folder(tmp_path / "model")), *options]) == 0
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["tiny", "--batches", "0"], "--batches 0: "),
+        (["tiny", "--batches", "1", "--frames", "0"], "--frames 0: "),
+        (["tiny", "--batches", "1", "--frames", "2", "--json", "/proc/x/y.json"], "/proc/x"),
         (["8c"], "8c: there is no such folder, and no such preset; presets: tiny"),
         (["tiny", "--batches", "1;2"], "--batches 1;2: write numbers with commas"),
         (["tiny", "--manifest", "m.jsonl", "--batches", "1", "--frames", "2"], "random weights give no answers"),

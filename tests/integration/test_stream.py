@@ -42,7 +42,7 @@ def stream(folder: Path, capsys: pytest.CaptureFixture) -> Callable[..., tuple[i
     from tools import stream as tool
 
     def run(*options: str | Path) -> tuple[int, str, str]:
-        status = tool.main([str(folder), *map(str, options)])
+        status = tool.main(["--device", "cpu", str(folder), *map(str, options)])
         return (status, *capsys.readouterr())
 
     return run
@@ -148,6 +148,8 @@ def no_device(**_: object) -> None:
         (["README.md", "--microphone", "--task", "asr-en"], "give one of a sound file"),
         (["--text", "one", "--task", "tts-en", "--output", "/no/such/folder/x.wav"], "x.wav: cannot be written"),
         (["--microphone", "--task", "asr-en"], "--microphone: Error querying device -1; plug one in"),
+        (["--text", "a", "--device", "gpu"], "--device gpu: "),
+        (["--text", "a", "--device", "xpu"], "--device xpu: "),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(

@@ -147,6 +147,20 @@ def _asked(served: ServedFolder, manifest: Path) -> list:
     return Evaluator(served).requests(utterances, codes)
 
 
+def test_a_codec_that_cannot_stream_is_scored_all_the_same(
+    served: ServedFolder, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: object) -> None:
+        raise ValueError("the codec cannot stream")
+
+    monkeypatch.setattr(served.codec, "can_stream", False, raising=False)
+    monkeypatch.setattr(served.codec, "streaming_encoder", refuse)
+    utterances, _ = read_manifests([manifest], task="asr-en")
+    result = evaluate(served, utterances, folder=tmp_path, settings=Settings())
+    assert result["tasks"]["asr-en"]["num_samples"] == 3 and result["latency_ms"] == {}
+    assert table_of(result).row_count == 1
+
+
 def test_batches_are_full_and_of_one_task(served: ServedFolder, manifest: Path) -> None:
     asked = _asked(served, manifest)
     batches = full_batches(asked, batch_size=2)
@@ -187,6 +201,7 @@ def test_judges_that_fail(command: str, message: str, tmp_path: Path) -> None:
 def test_a_judge_is_told_the_language(tmp_path: Path) -> None:
     echo = python("import sys\nfor line in sys.stdin: print(sys.argv[1], line.strip()[-5:])") + " --{language}"
     assert judge(echo, [tmp_path / "0.wav"], language="ja") == ["--ja 0.wav"]
+    assert judge(python("print('a\\u2028b\\n')"), [tmp_path] * 2, language="ja") == ["a\u2028b", ""]
     assert judges_of(["en=hear --x=1", "zh-Hant=y", "A=b c"]) == {"en": "hear --x=1", "zh-Hant": "y", "": "A=b c"}
 
 

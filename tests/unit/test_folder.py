@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,6 +51,21 @@ def test_our_folder_has_all_that_a_session_needs(served: ServedFolder, folder: P
         silence=served.codec.silence_codes.numpy(),
     )
     assert len(set(got.codes[0].tolist())) > 3
+
+
+def test_a_model_that_is_done_with_makes_room_for_the_next(folder: Path) -> None:
+    """Else two of them would have to fit, as checkpoint after checkpoint is evaluated."""
+    gc.disable()  # which may come late
+    try:
+        first = open_folder(folder)
+        with first.lm.streaming(1):
+            done = weakref.ref(first.lm)
+        del first
+        assert done() is not None, "the runtime holds nothing in circles any more: load_runtime need not collect them"
+        open_folder(folder)
+        assert done() is None
+    finally:
+        gc.enable()
 
 
 def test_a_folder_of_others_is_known_by_its_model_alone(tmp_path: Path) -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
+from one_rank import make_config, one_rank  # noqa: F401
 from safetensors.torch import load_file, save_file
 from small_codecs import save_small, small_model, sounds
 
+from megaspeech.conversion import mimi_files
+from megaspeech.conversion.companions import copy, named
 from megaspeech.conversion.deferred import Deferred, Weights
 from megaspeech.conversion.mimi_config import from_runtime_config, to_runtime_config
 from megaspeech.conversion.mimi_files import (
@@ -24,7 +29,10 @@ from megaspeech.conversion.mimi_files import (
     packed,
     rules,
 )
+from megaspeech.conversion.moshi import moshi_files
+from megaspeech.conversion.random_model import random_model
 from megaspeech.conversion.rules import to_foreign
+from megaspeech.conversion.stored import Companions, StoredModel
 
 pytestmark = pytest.mark.skipif(
     find_spec("transformers") is None or find_spec("moshi") is None, reason="transformers or moshi is not installed"
@@ -110,6 +118,71 @@ def test_beside_a_model_of_the_runtime(folder: Path) -> None:
     files = beside_the_runtime(small)
     assert json.loads(files.small_files["codec/config.json"])["codebook_size"] == 32
     assert files.weights_beside["codec/model.safetensors"].keys() == small.weights.keys()
+
+
+@pytest.fixture
+def small_is_published(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small Mimi has the sizes that the runtime takes a file without config to have."""
+    config = open_mimi(folder / "mimi").config
+    monkeypatch.setattr(mimi_files, "from_runtime_config", lambda values, **_: config)
+
+
+def with_codec(codec: Path, tmp_path: Path) -> StoredModel:
+    """A model that goes with a codec."""
+    config = make_config(tmp_path, "codec.name=mimi")
+    return replace(random_model(config), companions=Companions(codec=codec))
+
+
+@pytest.mark.usefixtures("small_is_published", "one_rank")
+def test_the_runtime_is_given_what_it_opens(folder: Path, tmp_path: Path) -> None:
+    """Whatever the codec comes as: a folder of transformers, Kyutai's file under any name, a folder with it."""
+    expected = load_file(folder / "kyutai.safetensors")
+    files = moshi_files(with_codec(folder / "mimi", tmp_path))
+    assert json.loads(files.small_files["config.json"])["mimi_name"] == KYUTAI_FILE
+    assert files.weights_beside[KYUTAI_FILE].keys() == expected.keys() and not files.copies
+    odd = tmp_path / "model.safetensors"  # which would be that of the language model
+    odd.write_bytes((folder / "kyutai.safetensors").read_bytes())
+    kyutais = tmp_path / "kyutai" / "tokenizer-x.safetensors"
+    kyutais.parent.mkdir()
+    kyutais.write_bytes(odd.read_bytes())
+    for given, name, file in (
+        (odd, KYUTAI_FILE, odd),
+        (kyutais, kyutais.name, kyutais),
+        (kyutais.parent, kyutais.name, kyutais),
+    ):
+        files = moshi_files(with_codec(given, tmp_path))
+        assert files.copies == {name: file} and not files.weights_beside
+        assert json.loads(files.small_files["config.json"])["mimi_name"] == name
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_codec_in_a_file_of_its_own_gets_a_folder(tmp_path: Path) -> None:
+    file = tmp_path / "large.ckpt"
+    file.write_bytes(b"weights")
+    model = replace(random_model(make_config(tmp_path, "codec.name=wavtokenizer")), companions=Companions(codec=file))
+    copy(moshi_files(model).copies, tmp_path / "out")
+    assert (tmp_path / "out" / "codec" / "large.ckpt").read_bytes() == b"weights"
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_transformers_file_is_not_taken_for_kyutais(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="mimi/model.safetensors: is not Kyutai's file of a Mimi; .* its folder"):
+        moshi_files(with_codec(folder / "mimi" / "model.safetensors", tmp_path))
+
+
+def test_a_codec_in_the_cache_is_found_by_its_name(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `codec.path` may name one."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repository, commit = tmp_path / "models--kyutai--mimi", "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots").mkdir()
+    (repository / "snapshots" / commit).symlink_to(folder / "mimi")
+    config = make_config(tmp_path, "codec.name=mimi", "codec.path=kyutai/mimi")
+    assert named(config).codec == repository / "snapshots" / commit
+    assert named(make_config(tmp_path, "codec.path=kyutai/momo")).codec is None
 
 
 def test_first_codebooks_are_the_same_codes(folder: Path, tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from one_rank import make_config, one_rank  # noqa: F401
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megaspeech.config import as_toml
 from megaspeech.conversion import moshi
 from megaspeech.conversion.convert import Conversion, convert
 from megaspeech.conversion.deferred import Deferred
@@ -23,6 +22,7 @@ from megaspeech.conversion.moshi import open_moshi
 from megaspeech.conversion.moshi_config import LEGACY
 from megaspeech.conversion.rules import to_foreign
 from megaspeech.conversion.safetensors_files import open_safetensors
+from megaspeech.conversion.stored import Companions
 from megaspeech.model.speech_text_model import SpeechTextModel
 from megaspeech.streaming.agreement import largest_difference, runtime_logits
 from megaspeech.streaming.runtime import import_moshi, load_runtime, make_generator
@@ -267,13 +267,15 @@ def test_a_config_of_another_model_is_found(change: dict[str, Any], words: str, 
         open_moshi(folder)
 
 
-def test_a_run_of_another_model_is_found(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
+def test_config_json_goes_before_the_runs_config(tmp_path: Path) -> None:
+    """As the runtime has it, and everything else as the run had it."""
+    config = make_config(tmp_path, "data.task_delay=5")
     model = SpeechTextModel(config, pre_process=True, post_process=True)
     folder = write_moshi(model.state_dict(), tmp_path / "export", config=config)
-    (folder / "megaspeech.toml").write_text(as_toml(make_config(tmp_path, "temporal.context=13")))
-    with pytest.raises(ValueError, match="megaspeech.toml has temporal.context = 13, and config.json means 12"):
-        open_moshi(folder)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"context": 9}))
+    opened = open_moshi(folder)
+    assert opened.config.temporal.context == 9 and opened.config.data == config.data
 
 
 @pytest.mark.parametrize(
@@ -299,6 +301,27 @@ def test_a_transcriber_says_how_late_it_writes(tmp_path: Path) -> None:
     assert opened.companions.tokenizer == folder / "tokenizer_spm.model"
     assert opened.companions.codec == folder / "mimi.safetensors"
     assert opened.notes == (f"model_id of {folder / 'config.json'} is not kept: the runtime will use its own",)
+
+
+@pytest.mark.parametrize("num_frames", [0, 3, 29, 58])
+def test_every_delay_comes_back(num_frames: int, tmp_path: Path) -> None:
+    values = TINY | HELD["text alone"] | {"stt_config": {"audio_delay_seconds": num_frames * 0.08}}
+    opened = open_moshi(save(tmp_path / "model", values, make(TINY | HELD["text alone"]).state_dict()))
+    assert opened.config.data.task_delay == num_frames
+
+
+def test_companions_are_found_by_moshis_names_and_anywhere(tmp_path: Path) -> None:
+    folder = save(tmp_path / "model", TINY, make(TINY).state_dict())
+    mimi, tokenizer = folder / "tokenizer-e351c8d8-checkpoint125.safetensors", folder / "tokenizer_spm_32k_3.model"
+    mimi.touch()
+    tokenizer.touch()
+    assert open_moshi(folder).companions == Companions(tokenizer=tokenizer, codec=mimi)
+    elsewhere = {"mimi_name": f"file://{tmp_path}/m.safetensors", "tokenizer_name": f"file://{tmp_path}/t.model"}
+    (folder / "config.json").write_text(json.dumps(TINY | elsewhere))
+    (tmp_path / "m.safetensors").touch()
+    (tmp_path / "t.model").touch()
+    found = open_moshi(folder).companions
+    assert found == Companions(tokenizer=tmp_path / "t.model", codec=tmp_path / "m.safetensors")
 
 
 @pytest.mark.parametrize("name", ["one codebook", "text alone", "low rank, a schedule", "extra heads"])

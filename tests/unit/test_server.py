@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.util import find_spec
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from served_folder import make_served_folder
-from small_corpus import voice
+from small_corpus import DIGITS, voice
 
 from megaspeech.data.tasks import PROMPT_FRAMES, Task
 from megaspeech.preparation.compose import timing_of
@@ -94,6 +96,26 @@ def test_the_loop_gives_the_very_answer_of_a_batch(served: ServedFolder, folder:
     assert "".join(one[1:].decode() for one in messages if one[0] == 2) == text
     assert len(text.split()) > 3
     assert b"".join(one[1:] for one in messages if one[0] == 1) == b"".join(map(writer.append_pcm, said))
+
+
+def test_text_is_what_the_tokenizer_says(tmp_path: Path) -> None:
+    """Kyutai's loop takes piece 3 for PAD; other tokenizers have text there, and PAD anywhere."""
+    folder = make_served_folder(tmp_path / "model", "streams.text_pad_id=40")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([" ".join(DIGITS)] * 20), model_writer=model, vocab_size=48, model_type="unigram",
+        pad_id=40, hard_vocab_limit=False, minloglevel=2, user_defined_symbols=[f"x{n}" for n in range(22)],
+    )  # fmt: skip
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    served = open_folder(folder)
+    speech_server, tape = SpeechServer(served, task=None), Tape(served)
+    writer = sphn.OpusStreamWriter(served.codec.sample_rate)
+    speech_server._open()
+    for token in (3, 40, 0):
+        tokens_BS1 = torch.tensor([[[token], [1], [2], [3], [4]]])
+        asyncio.run(speech_server._state.decode_and_send(tokens_BS1, tape, writer))
+    assert served.tokenizer.is_text(3)
+    assert [one[1:].decode() for one in tape.sent if one[0] == 2] == ["x0"]
 
 
 def expected(served: ServedFolder, task: Task | None, *, heard: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

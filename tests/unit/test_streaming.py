@@ -16,7 +16,7 @@ from megaspeech.config.schema import StreamsSection
 from megaspeech.data.tasks import PROMPT_FRAMES, Task, Timing, lay_out, text_stream
 from megaspeech.data.tokenizer import Tokenizer, train_tokenizer
 from megaspeech.data.transcript import written_words
-from megaspeech.streaming import runtime
+from megaspeech.streaming import runtime, session
 from megaspeech.streaming.scoring import answer_text
 from megaspeech.streaming.session import Answer, Request, acoustic_delay, answer
 from megaspeech.streaming.steering import PATIENCE, TextScript
@@ -122,6 +122,24 @@ def test_a_batch_gives_what_each_request_gives_alone(models, tokenizer, delays) 
         np.testing.assert_array_equal(of_batch.codes, alone.codes)
         assert of_batch.codes.shape == (4, request.num_frames)
         assert of_batch.step_seconds.shape == (request.num_frames,) and (of_batch.step_seconds > 0).all()
+
+
+@pytest.mark.parametrize("delays", [UNDELAYED, DELAYED])
+def test_warming_up_leaves_no_trace(models, tokenizer, delays, monkeypatch) -> None:
+    """Only a GPU is warmed up; here it is done for a CPU."""
+    cold = run(models[delays], three_requests(tokenizer), tokenizer, delays)
+    steps = []
+    monkeypatch.setattr(session, "WARMED_UP", ("cpu",))
+    monkeypatch.setattr(runtime.import_moshi().LMGen, "step", _counted(runtime.import_moshi().LMGen.step, steps))
+    warm = run(models[delays], three_requests(tokenizer), tokenizer, delays)
+    assert len(steps) == session.WARM_UP + max(len(one.text) for one in cold) + max(delays)
+    for one, other in zip(cold, warm, strict=True):
+        np.testing.assert_array_equal(one.text, other.text)
+        np.testing.assert_array_equal(one.codes, other.codes)
+
+
+def _counted(step, steps: list):
+    return lambda *arguments: (steps.append(1), step(*arguments))[1]
 
 
 def test_text_is_known_in_its_step_and_codes_after_their_delay(models, tokenizer) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import json
-import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers_folders import (
     as_native,
     companions,
     native_model,
+    quiet,  # noqa: F401
     runtime_answer,
     stored,
     unequal,
@@ -26,7 +26,7 @@ from transformers_folders import (
 )
 
 from megaspeech.config import Config
-from megaspeech.conversion.deferred import Deferred
+from megaspeech.conversion.deferred import IN_FP16, Deferred
 from megaspeech.conversion.mimi_files import open_mimi
 from megaspeech.conversion.moshi import moshi_files, open_moshi
 from megaspeech.conversion.native import check_native, native_shapes
@@ -54,13 +54,6 @@ TOLERANCE = 5e-5  # FP32; a hundred times less than any mistake made on purpose
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("transformers_moshi")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet() -> Iterator[None]:
-    """transformers warns of its own ways; the tests see to ours."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    yield
 
 
 @pytest.fixture(scope="module")
@@ -267,6 +260,16 @@ def test_saved_by_transformers_itself(loaded: Any, tiny: Any, tmp_path: Path) ->
     assert back.companions == Companions(model_with_mimi=tmp_path) and "--tokenizer" in " ".join(back.notes)
 
 
+def test_fp16_is_read_as_fp32(loaded: Any, tiny: Any, tmp_path: Path) -> None:
+    _, native, model, _ = tiny
+    folder = tmp_path / "half"
+    copy.deepcopy(loaded).half().save_pretrained(folder)
+    back = open_transformers(folder)
+    check_native(back)
+    halves = {name: Deferred.of(one.read().half().float()) for name, one in model.weights.items()}
+    assert unequal(replace(model, weights=halves), back) == [] and IN_FP16 in back.notes
+
+
 def test_around_by_moshi(tiny: Any, room: Path) -> None:
     """moshi -> native -> transformers -> native -> moshi, all bits."""
     config, native, _, _ = tiny
@@ -300,10 +303,12 @@ def test_seven_billion_on_no_memory(room: Path) -> None:
         assert sections[name] == {key: getattr(section, key) for key in sections[name]}
 
 
-def test_the_mimi_inside_goes_along_to_moshi(tiny: Any) -> None:
+def test_the_mimi_inside_goes_along_to_moshi(tiny: Any, room: Path) -> None:
     *_, folder = tiny
     files = moshi_files(open_transformers(folder))
     weights = files.weights_beside["codec/model.safetensors"]
     assert weights.keys() == open_mimi(folder).weights.keys() and "codec/config.json" in files.small_files
-    given = replace(open_transformers(folder), companions=Companions(codec=folder, model_with_mimi=folder))
-    assert not moshi_files(given).weights_beside  # the user's own goes before it
+    own = companions(room, num_quantizers=12).codec
+    given = replace(open_transformers(folder), companions=Companions(codec=own, model_with_mimi=folder))
+    weights = moshi_files(given).weights_beside["codec/model.safetensors"]
+    assert weights.keys() == open_mimi(own).weights.keys()  # the user's own goes before it

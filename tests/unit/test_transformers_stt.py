@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from transformers_folders import (
     as_native,
     companions,
     native_model,
+    quiet,  # noqa: F401
     runtime_answer,
     stored,
     unequal,
@@ -55,13 +54,6 @@ def heard(processor: Any, *, num_frames: int) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("transformers_stt")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet() -> Iterator[None]:
-    """transformers warns of its own ways; the tests see to ours."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    yield
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,9 @@ const tell = (status) => { element("status").textContent = status; };
 // How loud samples are, for a meter: their root mean square.
 const level = (samples) => Math.sqrt(samples.reduce((sum, sample) => sum + sample * sample, 0) / samples.length);
 
+// A coder that has failed is closed already, and would throw.
+const close = (coder) => { if (coder.state !== "closed") coder.close(); };
+
 // The sound of the model, packet after packet.
 class Voice {
   constructor(context) {
@@ -24,6 +27,7 @@ class Voice {
 
   hear(pages) {
     for (const data of this.reader.packets(pages)) {
+      if (this.decoder.state !== "configured") return;
       this.decoder.decode(new EncodedAudioChunk({ type: "key", timestamp: this.time++, data }));
     }
   }
@@ -43,7 +47,7 @@ class Voice {
   }
 
   close() {
-    this.decoder.close();
+    close(this.decoder);
   }
 }
 
@@ -69,6 +73,7 @@ class Ears {
   }
 
   hear(samples) {
+    if (this.encoder.state !== "configured") return;
     const timestamp = (this.numSamples / this.rate) * 1e6; // microseconds
     const shape = { format: "f32-planar", sampleRate: this.rate, numberOfChannels: 1, numberOfFrames: samples.length };
     this.encoder.encode(new AudioData({ ...shape, timestamp, data: samples }));
@@ -77,15 +82,15 @@ class Ears {
   }
 
   close() {
-    this.encoder.close();
+    close(this.encoder);
   }
 }
 
 // Talk until `stop` is called or the server ends it.
 async function talk() {
-  const stream = await navigator.mediaDevices.getUserMedia({ audio: { channelCount: 1, echoCancellation: true } });
   const context = new AudioContext();
-  await context.audioWorklet.addModule("microphone.js");
+  await context.audioWorklet.addModule("microphone.js"); // first: if it fails, the microphone is not left on
+  const stream = await navigator.mediaDevices.getUserMedia({ audio: { channelCount: 1, echoCancellation: true } });
   const microphone = new AudioWorkletNode(context, "microphone", { numberOfOutputs: 0, channelCount: 1, channelCountMode: "explicit" });
   context.createMediaStreamSource(stream).connect(microphone);
   const voice = new Voice(context);
