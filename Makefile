@@ -1,6 +1,6 @@
 # Every command a user or CI needs. `make` prints them.
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
@@ -52,14 +52,21 @@ runs/quickstart/shards/rejected.jsonl:
 	$(PYTHON) examples/quickstart/corpus.py runs/quickstart/corpus
 	$(PYTHON) tools/prepare_data.py examples/quickstart/config.toml
 
-image: ## the GPU image, by Docker (docker/README.md)
-	docker build $(shell sed -n 's/^[A-Z_]*=/--build-arg &/p' docker/versions.env) -f docker/Dockerfile -t megaspeech .
+# Lines of versions.env as arguments: Apptainer refuses one that it has no use for.
+GPU_PINS = $(shell sed -n '/^CPU_/!s/^[A-Z_]*=/--build-arg &/p' docker/versions.env)
+CPU_PINS = $(shell sed -n '/^CPU_\|^TORCH=/s/^/--build-arg /p' docker/versions.env)
 
-sif: ## the same image by Apptainer, where there is no Docker
-	apptainer build $(shell sed -n 's/^[A-Z_]*=/--build-arg &/p' docker/versions.env) megaspeech.sif docker/apptainer.def
+image: ## the GPU image, by Docker (docker/README.md)
+	docker build $(GPU_PINS) -f docker/Dockerfile -t megaspeech .
+
+image-cpu: ## the CPU image; PIP_EXTRA_INDEX_URL=PyTorch's CPU index
+	docker build $(CPU_PINS) --build-arg PIP_EXTRA_INDEX_URL -f docker/Dockerfile.cpu -t megaspeech-cpu .
+
+sif: ## the GPU image by Apptainer, where there is no Docker
+	apptainer build $(GPU_PINS) megaspeech.sif docker/apptainer.def
 
 clean: ## remove what the quickstart made, not .venv
 	rm -rf runs/quickstart
 
-.PHONY: help venv quickstart test check gpu image sif clean
+.PHONY: help venv quickstart test check gpu image image-cpu sif clean
 .DEFAULT_GOAL := help

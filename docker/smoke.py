@@ -1,33 +1,40 @@
-"""The image's last build step: everything is of the version that was asked for, and imports. It needs no GPU.
+"""An image's last build step: everything is of the version that was asked for, and imports. It needs no GPU.
 
     docker run --rm --gpus all megaspeech python docker/smoke.py
+    docker run --rm megaspeech-cpu python docker/smoke.py --cpu
 
-On a machine with a GPU it also multiplies once by TransformerEngine and once by Apex.
+Of the GPU image it also multiplies once by TransformerEngine and once by Apex, where there is a GPU.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 
 VERSIONS = Path(__file__).with_name("versions.env")
 PACKAGES = {
     "TORCH": "torch",
-    "TRANSFORMER_ENGINE": "transformer-engine",
     "MEGATRON_CORE": "megatron-core",
     "DALI": "nvidia-dali-cuda130",
     "MOSHI": "moshi",
 }
 """Variables of versions.env and the packages whose versions they are."""
+GPU_PACKAGES = {"TRANSFORMER_ENGINE": "transformer-engine"}
+"""Likewise, of the GPU image alone."""
 MODULES = (
-    *("torch", "transformer_engine.pytorch", "fused_weight_gradient_mlp_cuda", "amp_C", "apex.optimizers"),
-    *("megatron.core", "nvidia.dali", "moshi.models", "triton"),
+    *("torch", "megatron.core", "nvidia.dali", "moshi.models", "triton", "pyopenjtalk", "pocketsphinx"),
     *("megaspeech.train", "megaspeech.training.trainer", "megaspeech.kernels"),
 )
-"""What the image is for. torch comes first: it brings in the CUDA libraries that the others link to."""
+"""What the images are for."""
+GPU_MODULES = (
+    *("torch", "transformer_engine.pytorch", "fused_weight_gradient_mlp_cuda", "amp_C", "apex.optimizers"),
+    *MODULES,
+)
+"""Those of the GPU image. torch comes first: it brings in the CUDA libraries that the others link to."""
 
 
 def read_versions(path: Path = VERSIONS) -> dict[str, str]:
@@ -36,10 +43,10 @@ def read_versions(path: Path = VERSIONS) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
 
 
-def version_faults(versions: Mapping[str, str]) -> list[str]:
+def version_faults(packages: Mapping[str, str], *, versions: Mapping[str, str]) -> list[str]:
     """Packages that are missing or of another version, a line each; a local part as in 1.0+cu130 does not count."""
     faults = []
-    for variable, package in PACKAGES.items():
+    for variable, package in packages.items():
         try:
             found = metadata.version(package).partition("+")[0]
         except metadata.PackageNotFoundError:
@@ -50,7 +57,7 @@ def version_faults(versions: Mapping[str, str]) -> list[str]:
     return faults
 
 
-def import_faults(modules: tuple[str, ...] = MODULES) -> list[str]:
+def import_faults(modules: Iterable[str]) -> list[str]:
     """Modules that do not import, a line each."""
     faults = []
     for name in modules:
@@ -76,10 +83,14 @@ def multiply() -> None:
     print(f"products of TransformerEngine and Apex on {torch.cuda.get_device_name()}")
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     """Check; returns 1 where something is amiss."""
-    faults = version_faults(read_versions()) + import_faults()
-    if not faults:
+    parser = argparse.ArgumentParser(description="Whether an image has what it is for.")
+    parser.add_argument("--cpu", action="store_true", help="the image is the CPU one")
+    cpu = parser.parse_args(arguments).cpu
+    packages, modules = (PACKAGES, MODULES) if cpu else (PACKAGES | GPU_PACKAGES, GPU_MODULES)
+    faults = version_faults(packages, versions=read_versions()) + import_faults(modules)
+    if not cpu and not faults:
         import torch
 
         if torch.cuda.is_available():
@@ -92,4 +103,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
