@@ -53,12 +53,11 @@ def main() -> int:
         groups.join(ParallelSection())
         trained = _train(arguments, console=Console(stderr=True, quiet=not is_first))
         dist.barrier()
+        groups.shut_down()  # not where one fails: it would wait for the others, which wait for it
     except ValueError as error:
         if is_first:
             print(f"compare_recipes: {error}", file=sys.stderr)
         return 1
-    finally:
-        groups.shut_down()
     verdicts = judge(trained, band=arguments.band)
     if is_first:
         _report(trained, verdicts, arguments)

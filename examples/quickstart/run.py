@@ -66,6 +66,9 @@ class Stages:
 
 def main(overrides: list[str]) -> int:
     """Run all stages; returns the exit status."""
+    if {"-h", "--help"} & set(overrides):
+        print(__doc__)
+        return 0
     warnings.filterwarnings("ignore")
     from megaspeech.config import read_config
 
