@@ -41,10 +41,11 @@ cpus=$((${SLURM_CPUS_ON_NODE:-$gpus} / gpus))
 
 # No torchrun in between: SIGUSR1 would end it, and it makes every exit status of a rank a 1. Ranks end within seconds of
 # each other; should one not, --wait ends it, and its status (137) is then srun's: --kill-on-bad-exit would end all so.
+# A lost node's never tell their end. Slurm misses a node after SlurmdTimeout, 300 s as a rule, and only then requeues.
 # --distribution block puts ranks that follow each other, which tensor parallelism groups, on the same node.
 status=0
 srun --ntasks-per-node "$gpus" --cpus-per-task "$((cpus > 0 ? cpus : 1))" --distribution block \
-  --kill-on-bad-exit=0 --wait=60 --output "$logs/rank_%t.log" --open-mode=append \
+  --kill-on-bad-exit=0 --wait=600 --output "$logs/rank_%t.log" --open-mode=append \
   "${python[@]}" -m megaspeech.train "$@" || status=$?
 
 if [ "$status" -eq "$REQUEUE" ] || [ "$status" -eq "$DEAF" ]; then
