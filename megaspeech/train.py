@@ -43,14 +43,18 @@ def main(arguments: list[str]) -> int:
         config = read_config(arguments[0], arguments[1:], world_size=int(os.environ.get("WORLD_SIZE", "1")))
     except ValueError as error:  # every rank reads the same file and finds the same faults
         return _refuse(str(error), signals)
-    return _train(config, signals)
+    try:
+        return _train(config, signals)
+    finally:
+        signals.ignore()  # the status stands
 
 
 def _silence_known_warnings() -> None:
     """What 64 ranks would each print at start, and no user can act on."""
     # megatron-core's about its own defaults; those about missing packages nobody hears (megaspeech/__init__.py).
     warnings.filterwarnings("ignore", module="megatron")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # parallel/host.py calls torch's functions where there is no GPU.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|megaspeech\.parallel\.host")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
 

@@ -5,7 +5,8 @@
 #
 # IB_PORTS=4 asks for as many active InfiniBand ports; IB_CLASS says where the kernel lists them.
 set -uo pipefail
-num_gpus=$1 node=$(hostname -s) num_faults=0
+trap '' USR1 # of a time limit that is near: for the ranks
+num_gpus=$1 node=${SLURMD_NODENAME:-$(hostname -s)} num_faults=0
 none='^(0|No|\[?N/A\]?)$'
 
 fault() {
@@ -14,7 +15,7 @@ fault() {
 }
 
 ask() {
-  timeout 60 nvidia-smi "$@" --format=csv,noheader,nounits
+  timeout 60 nvidia-smi "$@" --format=csv,noheader,nounits 2>&1
 }
 
 if gpus=$(ask --query-gpu=index,memory.used,ecc.errors.uncorrected.volatile.total); then
@@ -33,7 +34,7 @@ if gpus=$(ask --query-gpu=index,memory.used,ecc.errors.uncorrected.volatile.tota
   links=$(timeout 60 nvidia-smi nvlink --status | grep -ci inactive)
   [ "$links" -eq 0 ] || fault "$links NVLinks are inactive"
 else
-  fault "nvidia-smi fails, or takes more than a minute"
+  fault "nvidia-smi fails, or takes more than a minute: ${gpus%%$'\n'*}"
 fi
 
 ports=$(cat "${IB_CLASS:-/sys/class/infiniband}"/*/ports/*/state 2>/dev/null | grep -c ACTIVE)

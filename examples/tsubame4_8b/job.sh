@@ -3,6 +3,7 @@
 #   qsub -g GROUP examples/tsubame4_8b/job.sh tensor|fsdp [section.field=value ...]
 # The time limit kills: what follows the newest checkpoint is lost. Submit the same line several times with
 # -hold_jid tsubame4_8b, and each job goes on where the one before it was.
+#$ -S /bin/bash
 #$ -N tsubame4_8b
 #$ -cwd
 #$ -j y

@@ -45,6 +45,15 @@ class StopSignals:
         if self.received is not None:
             os._exit(status)
 
+    def ignore(self) -> None:
+        """From now on signals do nothing, until the process is gone; main thread only.
+
+        Python sets its handlers back to the default while it ends, where a signal would still kill: a run that is done
+        would seem to have failed. What is ignored stays ignored.
+        """
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def _read(self, reader: socket.socket) -> None:
         while True:
             for number in reader.recv(1):

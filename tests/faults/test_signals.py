@@ -93,6 +93,18 @@ def _catches(pid: int, number: signal.Signals) -> bool:
     return bool(int(fields["SigCgt"], 16) >> (number - 1) & 1)
 
 
+def test_signal_after_the_end(arguments: Callable) -> None:
+    """While Python ends it would kill, and a run that is done would seem to have failed."""
+    code = (
+        "import signal, sys; from megaspeech.train import main; status = main(sys.argv[1:]); "
+        "print(status, *(signal.getsignal(each).name for each in (signal.SIGUSR1, signal.SIGTERM)))"
+    )
+    config, *overrides = map(str, arguments("ended"))
+    ended = [sys.executable, "-c", code, config, *overrides, "training.exit_step=1"]
+    shown = subprocess.run(ended, env=environment(), capture_output=True, text=True, timeout=TIMEOUT)
+    assert shown.stdout.splitlines()[-1] == "0 SIG_IGN SIG_IGN", shown.stderr
+
+
 @pytest.mark.parametrize(
     "variables, rank",
     [

@@ -42,7 +42,7 @@ def _submit(folder: Path, *, status: int = 0, health: str = "", **variables: str
     )
 
 
-@pytest.mark.parametrize("status, requeued", [(0, False), (1, False), (75, True), (137, False)])
+@pytest.mark.parametrize("status, requeued", [(0, False), (1, False), (75, True), (137, False), (138, True)])
 def test_a_job_requeues_itself_when_asked_to(tmp_path: Path, status: int, requeued: bool) -> None:
     finished = _submit(tmp_path, status=status)
     calls = (tmp_path / "calls").read_text()
@@ -56,8 +56,9 @@ def test_a_job_requeues_itself_when_asked_to(tmp_path: Path, status: int, requeu
 
 
 def test_a_bad_node_is_named_before_anything_is_trained(tmp_path: Path) -> None:
-    finished = _submit(tmp_path, health="node2: 3 GPUs, 4 are asked for\nnode2: /tmp is full\n")
-    assert finished.returncode == 1 and "--exclude node2\n" in finished.stderr
+    health = "node2: 3 GPUs, 4 are asked for\ntimeout: of something else\nnode2: /tmp is full\n"
+    finished = _submit(tmp_path, health=health)
+    assert finished.returncode == 1 and finished.stderr.endswith("--exclude node2\n") and health in finished.stderr
     assert "megaspeech.train" not in (tmp_path / "calls").read_text()
 
 
@@ -66,8 +67,9 @@ def test_python_may_be_one_of_a_container(tmp_path: Path) -> None:
     assert " apptainer exec --nv megaspeech.sif python -m megaspeech.train " in (tmp_path / "calls").read_text()
 
 
-def test_the_signal_comes_in_time() -> None:
-    assert "#SBATCH --signal=USR1@180\n" in TRAIN.read_text() and "#SBATCH --requeue\n" in TRAIN.read_text()
+def test_what_is_asked_of_slurm() -> None:
+    asked = TRAIN.read_text()
+    assert all(f"#SBATCH --{option}\n" in asked for option in ("signal=USR1@180", "requeue", "exclusive", "mem 0"))
 
 
 @pytest.mark.parametrize(
@@ -97,8 +99,9 @@ def test_what_is_wrong_with_a_node_is_found(tmp_path: Path, answers: dict[str, s
         (tmp_path / f"ib/mlx5_0/ports/{port}").mkdir(parents=True)
         (tmp_path / f"ib/mlx5_0/ports/{port}/state").write_text(f"{state}\n")
     variables = {"PATH": _commands(tmp_path, {"nvidia-smi": body, "df": "echo Avail; echo 9000000"})}
-    variables |= {"IB_CLASS": str(tmp_path / "ib"), "IB_PORTS": said["ports"]}
+    variables |= {"IB_CLASS": str(tmp_path / "ib"), "IB_PORTS": said["ports"], "SLURMD_NODENAME": "n7"}
     shown = subprocess.run(["bash", str(CHECK), "2"], env={**os.environ, **variables}, capture_output=True, text=True)
     assert shown.returncode == int(bool(fault))
     lines = shown.stdout.splitlines()
-    assert len(lines) == int(bool(fault)) and all(fault in line for line in lines) and not shown.stderr
+    assert len(lines) == int(bool(fault)) and all(line.startswith("n7: ") and fault in line for line in lines)
+    assert not shown.stderr
