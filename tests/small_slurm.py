@@ -53,6 +53,10 @@ PartitionName=elsewhere Nodes=w[01-64]
 """
 
 
+class NoSlurmError(RuntimeError):
+    """The daemons do not start on this machine; the message is what they wrote."""
+
+
 class SmallSlurm:
     """What a user has of it, from the repository's root.
 
@@ -81,9 +85,9 @@ class SmallSlurm:
         fields = dict(word.split("=", 1) for word in self.run("scontrol", "show", "job", job).split() if "=" in word)
         return fields[name]
 
-    def until(self, condition: Callable[[], bool]) -> None:
+    def until(self, condition: Callable[[], bool], *, seconds: float = SECONDS) -> None:
         """Wait for it."""
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, "".join(path.read_text() for path in self.folder.glob("*.out"))
             time.sleep(0.05)
@@ -96,7 +100,11 @@ class SmallSlurm:
 
 @contextlib.contextmanager
 def small_slurm(folder: Path) -> Iterator[SmallSlurm]:
-    """Its daemons live in the folder, on ports that were free, and end with the block. Needs to be root."""
+    """Its daemons live in the folder, on ports that were free, and end with the block. Needs to be root.
+
+    Raises:
+        NoSlurmError: they do not start.
+    """
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(3)]
         for probe in probes:
@@ -114,14 +122,19 @@ def small_slurm(folder: Path) -> Iterator[SmallSlurm]:
     files = {"socket": "munge.socket", "key-file": "munge.key", "pid-file": "munge.pid", "log-file": "munge.log"}
     munge = [f"--{option}={folder}/{file}" for option, file in {**files, "seed-file": "munge.seed"}.items()]
     with _daemons(slurm) as start:
-        start("munged", "--foreground", "--force", *munge)
-        slurm.until((folder / "munge.socket").exists)
-        start("slurmctld", "-D", "-c")
-        slurm.until(lambda: subprocess.run(["scontrol", "ping"], env=slurm.variables, stdout=-3).returncode == 0)
-        for node in NODES:
-            (folder / node).mkdir()
-            start("slurmd", "-D", "-N", node)
-        slurm.until(lambda: slurm.run("sinfo", "-h", "-p", "here", "-t", "idle", "-o", "%D").strip() == "2")
+        try:
+            start("munged", "--foreground", "--force", *munge)
+            slurm.until((folder / "munge.socket").exists, seconds=60)
+            start("slurmctld", "-D", "-c")
+            ping = {"args": ["scontrol", "ping"], "env": slurm.variables, "stdout": subprocess.DEVNULL}
+            slurm.until(lambda: subprocess.run(**ping).returncode == 0, seconds=60)
+            for node in NODES:
+                (folder / node).mkdir()
+                start("slurmd", "-D", "-N", node)
+            idle = ("sinfo", "-h", "-p", "here", "-t", "idle", "-o", "%D")
+            slurm.until(lambda: slurm.run(*idle).strip() == "2", seconds=60)
+        except AssertionError as error:
+            raise NoSlurmError(str(error)) from error
         yield slurm
 
 

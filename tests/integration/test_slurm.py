@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from launching import curve, write_tiny_run
 from small_corpus import line, make_codec, make_project, make_tokenizer, record
-from small_slurm import MISSING, NODES, ROOT, SmallSlurm, small_slurm
+from small_slurm import MISSING, NODES, ROOT, NoSlurmError, SmallSlurm, small_slurm
 
 if MISSING:
     pytest.skip(f"no {', '.join(MISSING)}: apt-get install slurm-wlm", allow_module_level=True)
@@ -22,7 +24,12 @@ TRAIN = ("--nodes", "2", "--gpus-per-node", "1", "examples/slurm/train.sh")
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallSlurm]:
-    with small_slurm(tmp_path_factory.mktemp("slurm")) as running:
+    with contextlib.ExitStack() as stack:
+        try:
+            socket.gethostbyname(NODES[0])
+            running = stack.enter_context(small_slurm(tmp_path_factory.mktemp("slurm")))
+        except (OSError, NoSlurmError) as error:
+            pytest.skip(f"Slurm does not run on this machine: {error}")
         yield running
 
 
