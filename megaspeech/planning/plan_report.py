@@ -27,8 +27,9 @@ def show(plans: Sequence[Plan], console: Console, *, audio_hours: float, frame_r
     table = Table(title="layouts that fit, fastest first")
     for name in ("", "tp", "pp", "virtual", "cp", "dp", "data", "micro", "recompute", "step s", "frames/s", "MFU"):
         table.add_column(name, justify="right")
-    for name in ("bubble", "GB at most", "limited by"):
-        table.add_column(name, justify="left" if name == "limited by" else "right")
+    table.add_column("bubble", justify="right")
+    for name in ("GB by stage", "limited by"):
+        table.add_column(name)
     for number, plan in enumerate(plans, start=1):
         table.add_row(str(number), *_cells(plan))
     console.print(table)
@@ -57,7 +58,7 @@ def _cells(plan: Plan) -> list[str]:
         *(plan.config.training.micro_batch_size, plan.recompute),
     )
     rates = (f"{time.seconds:.2f}", f"{time.frames_per_second:,.0f}", f"{time.utilisation:.1%}", f"{time.bubble:.1%}")
-    return [*map(str, sizes), *rates, f"{plan.fullest.total_gb:.1f}", plan.limit]
+    return [*map(str, sizes), *rates, " ".join(f"{memory.total_gb:.0f}" for memory in plan.memory), plan.limit]
 
 
 def memory_rows(plan: Plan) -> list[dict[str, float]]:
