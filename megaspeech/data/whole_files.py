@@ -13,8 +13,8 @@ from pathlib import Path
 def replacing(path: str | Path) -> Iterator[Path]:
     """A place beside `path` to write a file to, which then takes the place of `path`.
 
-    Several processes may do so at once: each has a place of its own, which ends in ".part". One that is killed leaves it
-    behind, to be read by nobody.
+    Several processes may do so at once: each has a place of its own, which ends in ".part". One that is killed leaves
+    it behind, to be read by nobody.
     """
     path = Path(path)
     aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
