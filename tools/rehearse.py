@@ -16,7 +16,7 @@ import time
 import warnings
 from pathlib import Path
 
-from megaspeech.config import read_config
+from megaspeech.config import Config, read_config
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,8 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"rehearse: {error}", file=sys.stderr)
         return 2
-    if config.parallel.data_parallel == "megatron_fsdp":
-        print('rehearse: parallel.data_parallel: "megatron_fsdp" needs a GPU; take "ddp" or "fsdp2"', file=sys.stderr)
+    if refusal := _refusal(config):
+        print(f"rehearse: {refusal}", file=sys.stderr)
         return 2
     warnings.filterwarnings("ignore")
     # After the arguments are known to be good: these take seconds.
@@ -60,11 +60,26 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
-    parser.add_argument("--world-size", type=int, required=True, help="ranks of the run")
+    parser.add_argument("--world-size", type=_positive, required=True, help="ranks of the run")
     return parser.parse_intermixed_args(arguments)
 
 
-def _model_size(config: object) -> int:
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
+
+
+def _refusal(config: Config) -> str:
+    """Why it cannot be rehearsed; nothing where it can."""
+    if config.parallel.data_parallel == "megatron_fsdp":
+        return 'parallel.data_parallel: "megatron_fsdp" needs a GPU; take "ddp" or "fsdp2"'
+    if config.temporal.num_moe_experts:
+        return "temporal.num_moe_experts: frames go to experts by numbers, which a rehearsal has not; leave them out"
+    return ""
+
+
+def _model_size(config: Config) -> int:
     parallel = config.parallel
     sizes = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     return sizes * parallel.context_parallel_size

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megaspeech.config import Config
 from megaspeech.model.counting import count_parameters, count_rank_parameters
 from megaspeech.planning.activations import saved_bytes, working_bytes
-from megaspeech.planning.stages import Stage, stages_of
+from megaspeech.planning.stages import Stage, num_microbatches, stages_of
 
 RESERVED_GB = 4.0
 """Of the context, NCCL's buffers, libraries' workspaces and what the allocator cannot use. Assumed, not measured yet:
@@ -82,8 +82,7 @@ def stage_memory(config: Config, *, data_parallel_size: int, layer_kind: str) ->
         layer_kind: whose layers, see `activations.saved_bytes`.
     """
     found = []
-    training = config.training
-    microbatches = max(1, training.global_batch_size // (training.micro_batch_size * data_parallel_size))
+    microbatches = num_microbatches(config, replicas=data_parallel_size)
     shards = data_parallel_size * config.parallel.context_parallel_size
     for stage in stages_of(config):
         chunks = [_chunk_parameters(config, stage, chunk) for chunk in range(len(stage.chunks))]

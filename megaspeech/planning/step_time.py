@@ -15,6 +15,7 @@ from megaspeech.planning.gpus import Gpu
 from megaspeech.planning.memory import StageMemory
 from megaspeech.planning.nodes import Node, group_rate
 from megaspeech.planning.pipeline import least_seconds, pipeline_seconds
+from megaspeech.planning.stages import num_microbatches
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,7 @@ def step_time(
         exact: whether to play the pipeline's schedule, or to take the least that it can last.
     """
     machine = _Machine(config, gpu, node, num_gpus)
-    training = config.training
-    microbatches = training.global_batch_size // (training.micro_batch_size * machine.replicas)
+    microbatches = num_microbatches(config, replicas=machine.replicas)
     works = [_stage_seconds(machine, stage) for stage in memory]
     chunks = [_by_chunk(work, memory=stage) for work, stage in zip(works, memory, strict=True)]
     each = [sum(seconds) for seconds in chunks]
@@ -77,7 +77,7 @@ def step_time(
     parts["bubble"] = play(chunks, num_microbatches=microbatches) - microbatches * slowest
     after = [_after_backward(machine, stage, seconds) for stage, seconds in zip(memory, each, strict=True)]
     parts |= max(after, key=lambda found: sum(found.values())) | {"overhead": efficiency.STEP_OVERHEAD}
-    frames = training.global_batch_size * config.data.num_frames
+    frames = config.training.global_batch_size * config.data.num_frames
     flops = 3.0 * sum(count_flops(config, num_frames=config.data.num_frames).values()) * frames
     return StepTime(parts, tuple(each), flops, gpu.bf16_tflops * 1e12, frames, num_gpus)
 
@@ -219,9 +219,8 @@ def _pipeline_seconds(machine: _Machine) -> float:
     parallel, size = config.parallel, config.parallel.pipeline_model_parallel_size
     if size == 1:
         return 0.0
-    stride = machine.num_gpus // size
     cut = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    inside = stride * 2 <= machine.node.num_gpus
+    inside = machine.num_gpus <= machine.node.num_gpus  # else some stage sends to another node, and all wait for it
     rate = machine.gpu.nvlink * efficiency.NVLINK if inside else machine.node.network * efficiency.NETWORK
     sent = 2 * 2 * machine.frames * config.temporal.hidden_size / cut
     hidden = efficiency.PIPELINE_HIDDEN if parallel.num_chunks > 1 else 0.0
@@ -244,8 +243,7 @@ def _after_backward(machine: _Machine, memory: StageMemory, microbatch: float) -
     share = (shards - 1) / shards / machine.rate(size=shards, stride=tensor) if shards > 1 else 0.0
     reduction, gather = reduced * held * share, gathered * held * share
     if parallel.data_parallel != "ddp":  # every microbatch gathers twice and reduces once, behind its computation
-        training = config.training
-        rounds = training.global_batch_size // (training.micro_batch_size * machine.replicas)
+        rounds = num_microbatches(config, replicas=machine.replicas)
         sent = reduction + 2 * gather
         exposed = rounds * max(sent - microbatch, sent * (1 - efficiency.SHARDED_HIDDEN))
     else:

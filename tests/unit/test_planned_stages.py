@@ -162,6 +162,13 @@ def test_the_tool_gives_a_verdict_a_rank(tmp_path: Path, capsys: pytest.CaptureF
     assert "temporal.num_layers" in capsys.readouterr().err
     fsdp = [path, bf16, "parallel.data_parallel=fsdp2", "parallel.pipeline_model_parallel_size=2", "--world-size", "8"]
     assert rehearse_tool.main(fsdp) == 0 and "make up one checkpoint" in capsys.readouterr().out
+    packed = ["data.pack=true", "training.micro_batch_size=1", "training.global_batch_size=3"]  # fewer than replicas
+    turns = ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"]
+    assert rehearse_tool.main([path, bf16, *packed, *turns, "--world-size", "8"]) == 0
+    assert rehearse_tool.main([path, "model.preset=tiny-moe", "--world-size", "4"]) == 2
+    assert "temporal.num_moe_experts: " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        rehearse_tool.main([path, "--world-size", "0"])
     # 24 ranks do not divide the widths: torch's FSDP has no axis to cut.
     path24 = [path, "parallel.data_parallel=fsdp2", "training.global_batch_size=192", "--world-size", "24"]
     assert rehearse_tool.main(path24) == 1
