@@ -41,8 +41,7 @@ def working_bytes(config: Config, *, is_last: bool, layer_kind: str) -> int:
     """Bytes that a backward pass needs beside what the forward pass kept, at its worst moment.
 
     What is recomputed of the layer at hand, and the gradients of its widest products; on the last stage the logits of
-    the text, of all tensor parallel ranks where the prediction is looked up, or a layer of the depth transformer with
-    the gradient of its widest matrices.
+    the text, or a layer of the depth transformer with the gradient of its widest matrices.
     """
     frames, _ = _frames(config)
     tensor = config.parallel.tensor_model_parallel_size
@@ -54,7 +53,7 @@ def working_bytes(config: Config, *, is_last: bool, layer_kind: str) -> int:
     if not is_last:
         return layer
     vocabulary = config.streams.text_cardinality
-    text = frames * vocabulary * (2 + 8 / tensor) + 2 * vocabulary * shape.hidden_size // tensor
+    text = (10 * frames * vocabulary + 2 * vocabulary * shape.hidden_size) // tensor
     per_place = 2 * 3 * config.depth.ffn_hidden_size + 2 * 2 * config.depth.hidden_size
     depth = _places(config) * per_place
     depth += 2 * config.streams.num_codebooks * config.depth.hidden_size * 2 * config.depth.ffn_hidden_size
@@ -76,9 +75,16 @@ def _kept_of_layer(config: Config, *, layer_kind: str) -> int:
     if parallel.recompute_granularity == "full":
         return 2 * config.temporal.hidden_size * shared  # its input
     whole = _whole_layer(config, layer_kind=layer_kind)
-    if parallel.recompute_granularity == "selective" and "mlp" in (parallel.recompute_modules or ()):
+    if recomputes_feed_forward(config):
         whole -= _feed_forward(config, layer_kind=layer_kind) * frames
     return whole
+
+
+def recomputes_feed_forward(config: Config) -> bool:
+    """Whether it is recomputed by itself; megatron-core's "mlp" is no mixture of experts (`transformer_layer.py`)."""
+    parallel, experts = config.parallel, config.temporal.num_moe_experts
+    chosen = parallel.recompute_granularity == "selective" and "mlp" in (parallel.recompute_modules or ())
+    return chosen and experts is None
 
 
 def _whole_layer(config: Config, *, layer_kind: str) -> int:

@@ -11,7 +11,7 @@ from megaspeech.config import Config
 from megaspeech.config.checks import cross_section_faults
 from megaspeech.config.schema import SECTIONS
 from megaspeech.data.batch import frame_multiple
-from megaspeech.planning.activations import LOCAL, TRANSFORMER_ENGINE
+from megaspeech.planning.activations import LOCAL, TRANSFORMER_ENGINE, recomputes_feed_forward
 from megaspeech.planning.balance import balanced_pipelines
 from megaspeech.planning.efficiency import MARGIN
 from megaspeech.planning.gpus import Gpu
@@ -182,9 +182,10 @@ def _layouts(
         num_chunks=chunks,
         last_load=_last_load(_with(base, micro=micro, **sizes), machine) if stages > 1 else 0.0,
     )
-    for pipeline, recompute in itertools.product(pipelines, RECOMPUTE.values()):
-        config = _with(base, micro=micro, **sizes, **pipeline, **recompute)
-        if is_valid(config, num_gpus=machine.num_gpus):
+    for pipeline, recompute in itertools.product(pipelines, RECOMPUTE):
+        config = _with(base, micro=micro, **sizes, **pipeline, **RECOMPUTE[recompute])
+        is_idle = recompute == "mlp" and not recomputes_feed_forward(config)
+        if not is_idle and is_valid(config, num_gpus=machine.num_gpus):
             yield config
 
 
@@ -200,10 +201,21 @@ def is_valid(config: Config, *, num_gpus: int) -> bool:
     if config.data.num_frames % frame_multiple(config):
         return False
     shards = num_gpus // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
-    if parallel.data_parallel != "ddp" and (config.temporal.hidden_size % shards or config.depth.hidden_size % shards):
+    if parallel.data_parallel != "ddp" and any(width % shards for width in _widths(config)):
         return False  # `parallel.fsdp2.shard_axis`
     sections = {name: getattr(config, name) for name in SECTIONS}
     return not cross_section_faults(sections, world_size=num_gpus)
+
+
+def _widths(config: Config) -> list[int]:
+    """Of what has one axis alone: norms, and the bias of queries, keys and values on a tensor parallel rank."""
+    temporal, widths = config.temporal, [config.temporal.hidden_size, config.depth.hidden_size]
+    if temporal.qk_layernorm:
+        widths.append(temporal.head_width)
+    if temporal.add_qkv_bias:
+        heads = temporal.num_attention_heads + 2 * temporal.num_query_groups
+        widths.append(heads * temporal.head_width // config.parallel.tensor_model_parallel_size)
+    return widths
 
 
 def _with(base: Config, *, micro: int, **keys: Any) -> Config:

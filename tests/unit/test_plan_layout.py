@@ -16,7 +16,7 @@ from megaspeech.planning.balance import balanced_pipelines
 from megaspeech.planning.gpus import GPUS
 from megaspeech.planning.nodes import find_node, group_rate
 from megaspeech.planning.pipeline import least_seconds, pipeline_seconds
-from megaspeech.planning.search import Machine, obvious, plan_of, plans
+from megaspeech.planning.search import Machine, candidates, is_valid, obvious, plan_of, plans
 from megaspeech.planning.stages import num_microbatches
 from tools import plan_layout
 
@@ -185,6 +185,44 @@ def test_weights_are_gathered_late_only_where_a_run_may(overrides: tuple[str, ..
     found = [plan.config.parallel for plan in plans(base, Machine(b200, find_node(8), 8), most=20)]
     ddp = [parallel for parallel in found if parallel.data_parallel == "ddp"]
     assert ddp and all(one.overlap_grad_reduce and not one.overlap_param_gather for one in ddp)
+
+
+def parts_of(directory: Path, *overrides: str, gpus: int = 8) -> dict[str, float]:
+    """Seconds by part of four layers of the 8B."""
+    size = ("data.num_frames=4096", "data.length_multiple=4096", "precision.recipe=bf16", "training.micro_batch_size=1")
+    base = make_config(
+        directory, *size, "temporal.num_layers=4", "training.global_batch_size=64", *overrides, preset="8b"
+    )
+    return plan_of(base, Machine(H100, find_node(8), gpus)).time.parts
+
+
+def test_what_is_sent(tmp_path: Path) -> None:
+    tensor = ("parallel.tensor_model_parallel_size=8", "parallel.sequence_parallel=true")
+    mlp = ("parallel.recompute_granularity=selective", 'parallel.recompute_modules=["mlp"]')
+    plain, again = (parts_of(tmp_path, *tensor, *keys)["tensor parallel"] for keys in ((), mlp))
+    assert again == pytest.approx(plain * 12 / 10)  # the feed-forward part gathers and reduces once more
+    shared, whole = (parts_of(tmp_path, f"parallel.use_distributed_optimizer={word}") for word in ("true", "false"))
+    assert whole["data parallel"] == pytest.approx(shared["data parallel"] * 4 / 3)  # 2 x 4 bytes, not 4 + 2
+    assert whole["optimizer"] > 3 * shared["optimizer"]
+    stages = ("parallel.pipeline_model_parallel_size=4", "parallel.tensor_model_parallel_size=4", tensor[1])
+    inside = parts_of(tmp_path, stages[0])["pipeline sends"]
+    assert parts_of(tmp_path, *stages, gpus=16)["pipeline sends"] > inside  # stages 1 and 2 are on different nodes
+
+
+def test_what_no_run_could_use_is_left_out(tmp_path: Path) -> None:
+    size = ("data.num_frames=512", "data.length_multiple=512", "precision.recipe=bf16", "training.micro_batch_size=1")
+    base = make_config(tmp_path, *size, "training.global_batch_size=256", preset="tiny-moe")
+    found = list(candidates(base, Machine(H100, find_node(4), 4)))
+    assert found and not [one for one in found if one.parallel.recompute_modules]  # "mlp" is no mixture of experts
+    normed = make_config(
+        tmp_path, *size, "training.global_batch_size=256", "temporal.qk_layernorm=true", "parallel.data_parallel=fsdp2"
+    )
+    wide = normed.model_copy(
+        update={name: getattr(normed, name).model_copy(update={"hidden_size": 1024}) for name in ("temporal", "depth")}
+    )
+    heads = wide.temporal.model_copy(update={"kv_channels": 64})
+    wide = wide.model_copy(update={"temporal": heads})
+    assert is_valid(wide, num_gpus=64) and not is_valid(wide, num_gpus=128)  # norms of 64 numbers
 
 
 def test_the_tool_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
