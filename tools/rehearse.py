@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         began = time.monotonic()
         verdict = rehearse(config, world_size=options.world_size, rank=rank)
         verdicts.append(verdict)
-        print(_line(verdict, time.monotonic() - began), flush=True)
+        print(_line(verdict, time.monotonic() - began, is_sharded=config.parallel.data_parallel != "ddp"), flush=True)
     failed = any(verdict.fault for verdict in verdicts)
     faults = [] if failed else faults_between(verdicts, config=config, world_size=options.world_size)
     for fault in faults:
@@ -85,13 +85,16 @@ def _model_size(config: Config) -> int:
     return sizes * parallel.context_parallel_size
 
 
-def _line(verdict: object, seconds: float) -> str:
+def _line(verdict: object, seconds: float, *, is_sharded: bool) -> str:
     where = f"rank {verdict.rank}, stage {verdict.stage}, tensor rank {verdict.tensor_rank}"
     if verdict.fault:
         return f"{where}: FAILS: {verdict.fault}"
+    kept, rest = "weights and gradients", "activations"
+    if is_sharded:
+        kept, rest = "weights", "gathered weights, gradients and activations"
     return (
-        f"{where}: runs: {verdict.parameters:,} parameters, {verdict.state_gb:.1f} GB of weights and gradients, "
-        f"activations at most {verdict.peak_gb:.1f} GB with the local layers ({seconds:.0f} s)"
+        f"{where}: runs: {verdict.parameters:,} parameters, {verdict.state_gb:.1f} GB of {kept}, "
+        f"{rest} at most {verdict.peak_gb:.1f} GB with the local layers ({seconds:.0f} s)"
     )
 
 

@@ -93,7 +93,9 @@ def stage_memory(config: Config, *, data_parallel_size: int, layer_kind: str) ->
         held = [size * stage.in_flight(chunk, num_microbatches=microbatches) for chunk, size in enumerate(saved)]
         working = working_bytes(config, is_last=stage.is_last, layer_kind=layer_kind)
         # The gradient of the embedding's table comes when nothing else is left of its microbatch.
-        table = BYTES[config.precision.params_dtype] * chunks[0].get("embedding", 0)
+        weight = BYTES[config.precision.params_dtype]
+        a_number = weight if config.parallel.data_parallel == "ddp" else 2 * weight + 4  # gathered, reduced in FP32
+        table = a_number * chunks[0].get("embedding", 0)
         working = max(working, table - saved[0])
         state = rank_state_bytes(config, chunks, num_shards=shards)
         parameters = {part: sum(chunk.get(part, 0) for chunk in chunks) for part in chunks[0] | chunks[-1]}
@@ -154,7 +156,7 @@ def _multiplied(chunks: list[dict[str, int]]) -> int:
 def _fully_sharded_bytes(config: Config, chunks: list[dict[str, int]], *, num_shards: int) -> dict[str, int]:
     """Of FSDP: FP32 weights, gradients and moments in shards ("megatron_fsdp" has BF16 weights beside them).
 
-    Gathered are two layers, or the embedding: weights, and gradients in BF16 and FP32; and for the whole step the root
+    Gathered are two layers: weights, and gradients in BF16 and FP32; and for the whole step the root
     (the heads and what of the depth transformer is no layer), which torch does not shard again after its forward pass
     (`_fsdp_state.py`), with gradients that wait for its last. FP8 weights are not sharded: TransformerEngine makes them
     of the first microbatch's gathered weights, and keeps them for the others.
@@ -163,7 +165,7 @@ def _fully_sharded_bytes(config: Config, chunks: list[dict[str, int]], *, num_sh
     own, weight = -(-total // num_shards), BYTES[config.precision.params_dtype]
     layers = max(1, config.temporal.num_layers // (config.parallel.pipeline_model_parallel_size))
     depth, depth_layer = chunks[-1].get("depth", 0), count_depth_layer(config)
-    largest = max(_multiplied(chunks) // layers, chunks[0].get("embedding", 0), min(depth, depth_layer))
+    largest = max(_multiplied(chunks) // layers, min(depth, depth_layer))
     root = chunks[-1].get("text_head", 0) + max(0, depth - config.depth.num_layers * depth_layer)
     sizes = {
         "weights": weight * own if config.parallel.data_parallel == "megatron_fsdp" else 0,
