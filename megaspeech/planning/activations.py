@@ -26,7 +26,7 @@ def saved_bytes(config: Config, *, num_layers: int, is_first: bool, is_last: boo
     """
     frames, shared = _frames(config)
     norm = _NORM[layer_kind](config) * shared
-    sizes = {"temporal": num_layers * _kept_of_layer(config, layer_kind=layer_kind)}
+    sizes = {"temporal": _kept_of_layers(config, num_layers=num_layers, layer_kind=layer_kind)}
     if is_first:  # indices of all streams, and of the reference kernels the places of the bag
         sizes["embedding"] = (18 if config.model.kernels == "reference" else 8) * config.streams.num_streams * frames
     if is_last:
@@ -45,7 +45,8 @@ def working_bytes(config: Config, *, is_last: bool, layer_kind: str) -> int:
     """
     frames, _ = _frames(config)
     tensor = config.parallel.tensor_model_parallel_size
-    recomputed = _whole_layer(config, layer_kind=layer_kind) - _kept_of_layer(config, layer_kind=layer_kind)
+    at_once = (config.parallel.recompute_num_layers or 1) if config.parallel.recompute_method == "uniform" else 1
+    recomputed = at_once * _whole_layer(config, layer_kind=layer_kind) - _kept_of_layer(config, layer_kind=layer_kind)
     shape = config.temporal
     layer = recomputed + 2 * frames * (3 * shape.ffn_hidden_size // tensor + 2 * shape.hidden_size)
     if layer_kind == LOCAL:  # the widest matrix's gradient, which TransformerEngine adds straight to DDP's
@@ -67,6 +68,18 @@ def _frames(config: Config) -> tuple[int, int]:
     parallel = config.parallel
     frames = config.training.micro_batch_size * config.data.num_frames // parallel.context_parallel_size
     return frames, frames // (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
+
+
+def _kept_of_layers(config: Config, *, num_layers: int, layer_kind: str) -> int:
+    """Of a chunk's layers; those that megatron-core recomputes in full are the first few ("block"), or all, of which
+    every few leave one input (its `transformer_block.py`)."""
+    parallel, kept = config.parallel, _kept_of_layer(config, layer_kind=layer_kind)
+    few = parallel.recompute_num_layers or 1
+    if parallel.recompute_granularity != "full":
+        return num_layers * kept
+    if parallel.recompute_method == "block":
+        return min(few, num_layers) * kept + max(0, num_layers - few) * _whole_layer(config, layer_kind=layer_kind)
+    return -(-num_layers // few) * kept
 
 
 def _kept_of_layer(config: Config, *, layer_kind: str) -> int:

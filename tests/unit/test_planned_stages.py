@@ -27,6 +27,14 @@ PIPELINE = ("parallel.pipeline_model_parallel_size=2", "parallel.num_layers_in_l
 CASES = {
     "tp4 pp2": (*TENSOR, *PIPELINE),
     "tp4 pp2 full": (*TENSOR, *PIPELINE, "parallel.recompute_granularity=full"),
+    "pp2 block": (
+        *("parallel.pipeline_model_parallel_size=2", "parallel.recompute_granularity=full"),
+        *("parallel.recompute_method=block", "parallel.recompute_num_layers=3"),
+    ),
+    "pp2 uniform": (
+        *("parallel.pipeline_model_parallel_size=2", "parallel.recompute_granularity=full"),
+        *("parallel.recompute_method=uniform", "parallel.recompute_num_layers=2"),
+    ),
     "tp4 pp2 mlp": (
         *(*TENSOR, *PIPELINE, "parallel.recompute_granularity=selective"),
         'parallel.recompute_modules=["mlp"]',
