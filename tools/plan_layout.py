@@ -25,7 +25,7 @@ from megaspeech.planning.gpus import GPUS
 from megaspeech.planning.launch_files import write_launch
 from megaspeech.planning.nodes import find_node
 from megaspeech.planning.plan_chart import draw
-from megaspeech.planning.search import Machine, obvious, plans, require_plannable
+from megaspeech.planning.search import Machine, candidates, obvious, plans, require_plannable
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,13 +34,13 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 200)
     try:
         return _plan(options, console)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"plan_layout: {error}", file=sys.stderr)
         return 2
 
 
 def _plan(options: argparse.Namespace, console: Console) -> int:
-    machine = _machine(options, num_gpus=options.gpus)
+    machine, *machines = (_machine(options, num_gpus=num_gpus) for num_gpus in (options.gpus, *options.sweep))
     given = {
         "data.num_frames": options.frames,
         "training.global_batch_size": options.global_batch,
@@ -52,7 +52,9 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
     plan_report.show_tries(own | obvious(asked.base, machine), console)
     found = plans(asked.base, machine, most=options.best)
     if not found:
-        print("plan_layout: no layout fits; take more GPUs, or fewer bits (docs/speed_and_memory.md)", file=sys.stderr)
+        fits = "no layout fits; take more GPUs, or fewer bits (docs/speed_and_memory.md)"
+        shared = "no layout shares model and global batch out over so many GPUs; change --gpus or --global-batch"
+        print(f"plan_layout: {fits if any(candidates(asked.base, machine)) else shared}", file=sys.stderr)
         return 1
     audio = {"audio_hours": options.audio_hours, "frame_rate": options.frame_rate}
     plan_report.show(found, console, **audio)
@@ -61,7 +63,6 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
     if options.write:
         for path in write_launch(found[0], options.write, tables=asked.tables):
             console.print(f"written: {path}")
-    machines = [_machine(options, num_gpus=num_gpus) for num_gpus in options.sweep]
     sweep = {machine.num_gpus: next(iter(plans(asked.base, machine, most=1)), None) for machine in machines}
     if sweep:
         plan_report.show_sweep(sweep, console, **audio)
@@ -103,8 +104,10 @@ def _numbers(text: str) -> list[int]:
 
 
 def _machine(options: argparse.Namespace, *, num_gpus: int) -> Machine:
-    gpu = next(gpu for gpu in GPUS if gpu.key == options.gpu)
-    return Machine(gpu, find_node(options.gpus_per_node), num_gpus)
+    gpu, node = next(gpu for gpu in GPUS if gpu.key == options.gpu), find_node(options.gpus_per_node)
+    if num_gpus > node.num_gpus and num_gpus % node.num_gpus:
+        raise ValueError(f"--gpus: {num_gpus} are no whole nodes of {node.num_gpus}; choose a multiple of it")
+    return Machine(gpu, node, num_gpus)
 
 
 if __name__ == "__main__":

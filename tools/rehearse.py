@@ -16,7 +16,7 @@ import time
 import warnings
 from pathlib import Path
 
-from megaspeech.config import read_config
+from megaspeech.config import Config, read_config
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,8 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"rehearse: {error}", file=sys.stderr)
         return 2
-    if config.parallel.data_parallel == "megatron_fsdp":
-        print('rehearse: parallel.data_parallel: "megatron_fsdp" needs a GPU; take "ddp" or "fsdp2"', file=sys.stderr)
+    if refusal := _refusal(config):
+        print(f"rehearse: {refusal}", file=sys.stderr)
         return 2
     warnings.filterwarnings("ignore")
     # After the arguments are known to be good: these take seconds.
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         began = time.monotonic()
         verdict = rehearse(config, world_size=options.world_size, rank=rank)
         verdicts.append(verdict)
-        print(_line(verdict, time.monotonic() - began), flush=True)
+        print(_line(verdict, time.monotonic() - began, is_sharded=config.parallel.data_parallel != "ddp"), flush=True)
     failed = any(verdict.fault for verdict in verdicts)
     faults = [] if failed else faults_between(verdicts, config=config, world_size=options.world_size)
     for fault in faults:
@@ -60,23 +60,41 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
-    parser.add_argument("--world-size", type=int, required=True, help="ranks of the run")
+    parser.add_argument("--world-size", type=_positive, required=True, help="ranks of the run")
     return parser.parse_intermixed_args(arguments)
 
 
-def _model_size(config: object) -> int:
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
+
+
+def _refusal(config: Config) -> str:
+    """Why it cannot be rehearsed; nothing where it can."""
+    if config.parallel.data_parallel == "megatron_fsdp":
+        return 'parallel.data_parallel: "megatron_fsdp" needs a GPU; take "ddp" or "fsdp2"'
+    if config.temporal.num_moe_experts:
+        return "temporal.num_moe_experts: frames go to experts by numbers, which a rehearsal has not; leave them out"
+    return ""
+
+
+def _model_size(config: Config) -> int:
     parallel = config.parallel
     sizes = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     return sizes * parallel.context_parallel_size
 
 
-def _line(verdict: object, seconds: float) -> str:
+def _line(verdict: object, seconds: float, *, is_sharded: bool) -> str:
     where = f"rank {verdict.rank}, stage {verdict.stage}, tensor rank {verdict.tensor_rank}"
     if verdict.fault:
         return f"{where}: FAILS: {verdict.fault}"
+    kept, rest = "weights and gradients", "activations"
+    if is_sharded:
+        kept, rest = "weights", "gathered weights, gradients and activations"
     return (
-        f"{where}: runs: {verdict.parameters:,} parameters, {verdict.state_gb:.1f} GB of weights and gradients, "
-        f"activations at most {verdict.peak_gb:.1f} GB with the local layers ({seconds:.0f} s)"
+        f"{where}: runs: {verdict.parameters:,} parameters, {verdict.state_gb:.1f} GB of {kept}, "
+        f"{rest} at most {verdict.peak_gb:.1f} GB with the local layers ({seconds:.0f} s)"
     )
 
 

@@ -33,16 +33,23 @@ def _depth(config: Config) -> int:
     read = config.streams.cardinalities[:codebooks]
     rank = shape.low_rank_embeddings
     embeddings = (sum(read) + len(read)) * (rank or shape.hidden_size) + codebooks * (rank or 0) * shape.hidden_size
-    layer = config.num_weight_sets * (_attention(shape) + _swiglu(shape)) + 2 * shape.hidden_size
     inputs = config.num_input_sets * config.temporal.hidden_size * shape.hidden_size
-    return inputs + embeddings + shape.num_layers * layer + codebooks * shape.hidden_size * config.streams.cardinality
+    heads = codebooks * shape.hidden_size * config.streams.cardinality
+    return inputs + embeddings + shape.num_layers * count_depth_layer(config) + heads
+
+
+def count_depth_layer(config: Config) -> int:
+    """Parameters of one layer of the depth transformer, of all sets of weights."""
+    shape = config.depth
+    return config.num_weight_sets * (_attention(shape) + _swiglu(shape)) + 2 * shape.hidden_size
 
 
 def count_rank_parameters(config: Config, *, num_layers: int, is_first: bool, is_last: bool) -> dict[str, int]:
     """Parameters that one tensor parallel rank holds of a part of the model, by part, padding of the tables counted.
 
     Matrices and tables are cut over the tensor parallel ranks; norms, routers and the depth transformer, whose frames
-    are shared out instead, are whole on each. "norms" are those of the temporal transformer.
+    are shared out instead, are whole on each. "norms" are those of the temporal transformer, "experts" its experts'
+    share, without the router, where it has any.
 
     Args:
         num_layers: temporal layers of the part.
@@ -52,7 +59,10 @@ def count_rank_parameters(config: Config, *, num_layers: int, is_first: bool, is
     streams, temporal, parallel = config.streams, config.temporal, config.parallel
     tensor, width = parallel.tensor_model_parallel_size, temporal.hidden_size
     attention = (_attention(temporal) + _attention_biases(temporal)) // tensor
-    counts = {"temporal": num_layers * (attention + _rank_feed_forward(config))}
+    feed_forward, experts = _rank_feed_forward(config)
+    counts = {"temporal": num_layers * (attention + feed_forward)}
+    if experts:
+        counts["experts"] = num_layers * experts
     counts["norms"] = num_layers * _norms(temporal) + is_last * width
     if is_first:
         counts["embedding"] = padded_rows(streams.cardinalities) * width // tensor
@@ -65,14 +75,14 @@ def count_rank_parameters(config: Config, *, num_layers: int, is_first: bool, is
     return counts
 
 
-def _rank_feed_forward(config: Config) -> int:
-    """Weights of one layer's feed-forward part on a rank: its share of the experts, and the router whole."""
+def _rank_feed_forward(config: Config) -> tuple[int, int]:
+    """(weights of one layer's feed-forward part on a rank, or of its router, which is whole; its share of experts)."""
     temporal, parallel = config.temporal, config.parallel
     if temporal.num_moe_experts is None:
-        return _swiglu(temporal) // parallel.tensor_model_parallel_size
+        return _swiglu(temporal) // parallel.tensor_model_parallel_size, 0
     expert = 3 * temporal.hidden_size * (temporal.moe_ffn_hidden_size or temporal.ffn_hidden_size)
     own = temporal.num_moe_experts // parallel.expert_model_parallel_size
-    return temporal.num_moe_experts * temporal.hidden_size + own * expert // parallel.expert_tensor_size
+    return temporal.num_moe_experts * temporal.hidden_size, own * expert // parallel.expert_tensor_size
 
 
 def padded_rows(cardinalities: Sequence[int]) -> int:

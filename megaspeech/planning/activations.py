@@ -26,7 +26,7 @@ def saved_bytes(config: Config, *, num_layers: int, is_first: bool, is_last: boo
     """
     frames, shared = _frames(config)
     norm = _NORM[layer_kind](config) * shared
-    sizes = {"temporal": num_layers * _kept_of_layer(config, layer_kind=layer_kind)}
+    sizes = {"temporal": _kept_of_layers(config, num_layers=num_layers, layer_kind=layer_kind)}
     if is_first:  # indices of all streams, and of the reference kernels the places of the bag
         sizes["embedding"] = (18 if config.model.kernels == "reference" else 8) * config.streams.num_streams * frames
     if is_last:
@@ -41,12 +41,12 @@ def working_bytes(config: Config, *, is_last: bool, layer_kind: str) -> int:
     """Bytes that a backward pass needs beside what the forward pass kept, at its worst moment.
 
     What is recomputed of the layer at hand, and the gradients of its widest products; on the last stage the logits of
-    the text, of all tensor parallel ranks where the prediction is looked up, or a layer of the depth transformer with
-    the gradient of its widest matrices.
+    the text, or a layer of the depth transformer with the gradient of its widest matrices.
     """
     frames, _ = _frames(config)
     tensor = config.parallel.tensor_model_parallel_size
-    recomputed = _whole_layer(config, layer_kind=layer_kind) - _kept_of_layer(config, layer_kind=layer_kind)
+    at_once = (config.parallel.recompute_num_layers or 1) if config.parallel.recompute_method == "uniform" else 1
+    recomputed = at_once * _whole_layer(config, layer_kind=layer_kind) - _kept_of_layer(config, layer_kind=layer_kind)
     shape = config.temporal
     layer = recomputed + 2 * frames * (3 * shape.ffn_hidden_size // tensor + 2 * shape.hidden_size)
     if layer_kind == LOCAL:  # the widest matrix's gradient, which TransformerEngine adds straight to DDP's
@@ -54,7 +54,7 @@ def working_bytes(config: Config, *, is_last: bool, layer_kind: str) -> int:
     if not is_last:
         return layer
     vocabulary = config.streams.text_cardinality
-    text = frames * vocabulary * (2 + 8 / tensor) + 2 * vocabulary * shape.hidden_size // tensor
+    text = (10 * frames * vocabulary + 2 * vocabulary * shape.hidden_size) // tensor
     per_place = 2 * 3 * config.depth.ffn_hidden_size + 2 * 2 * config.depth.hidden_size
     depth = _places(config) * per_place
     depth += 2 * config.streams.num_codebooks * config.depth.hidden_size * 2 * config.depth.ffn_hidden_size
@@ -70,15 +70,34 @@ def _frames(config: Config) -> tuple[int, int]:
     return frames, frames // (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
 
 
+def _kept_of_layers(config: Config, *, num_layers: int, layer_kind: str) -> int:
+    """Of a chunk's layers; those that megatron-core recomputes in full are the first few ("block"), or all, of which
+    every few leave one input (its `transformer_block.py`)."""
+    parallel, kept = config.parallel, _kept_of_layer(config, layer_kind=layer_kind)
+    few = parallel.recompute_num_layers or 1
+    if parallel.recompute_granularity != "full":
+        return num_layers * kept
+    if parallel.recompute_method == "block":
+        return min(few, num_layers) * kept + max(0, num_layers - few) * _whole_layer(config, layer_kind=layer_kind)
+    return -(-num_layers // few) * kept
+
+
 def _kept_of_layer(config: Config, *, layer_kind: str) -> int:
     """Of one layer and a microbatch, what is not recomputed."""
     parallel, (frames, shared) = config.parallel, _frames(config)
     if parallel.recompute_granularity == "full":
         return 2 * config.temporal.hidden_size * shared  # its input
     whole = _whole_layer(config, layer_kind=layer_kind)
-    if parallel.recompute_granularity == "selective" and "mlp" in (parallel.recompute_modules or ()):
+    if recomputes_feed_forward(config):
         whole -= _feed_forward(config, layer_kind=layer_kind) * frames
     return whole
+
+
+def recomputes_feed_forward(config: Config) -> bool:
+    """Whether it is recomputed by itself; megatron-core's "mlp" is no mixture of experts (`transformer_layer.py`)."""
+    parallel, experts = config.parallel, config.temporal.num_moe_experts
+    chosen = parallel.recompute_granularity == "selective" and "mlp" in (parallel.recompute_modules or ())
+    return chosen and experts is None
 
 
 def _whole_layer(config: Config, *, layer_kind: str) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megaspeech.config import PRESETS, Config, ConfigError, config_of, read_tables
+from megaspeech.config.schema import SECTIONS
 from megaspeech.planning.search import KEPT, Machine, Plan, is_valid, plan_of
 
 DEFAULTS = {
@@ -47,6 +48,8 @@ class Asked:
         if model not in PRESETS and not Path(model).is_file():
             raise ValueError(f"--model: {model} is neither a config nor a preset; these are {', '.join(PRESETS)}")
         tables = _tables_of_preset(model, overrides) if model in PRESETS else read_tables(model, overrides)
+        if not all(isinstance(tables.get(name, {}), dict) for name in SECTIONS):
+            config_of(tables, source=model)  # says which is a value where a section should be
         sections = {name: tables.setdefault(name, {}) for name in ("run", "model", "data", "training", "precision")}
         rows = None
         for key, value in given.items():

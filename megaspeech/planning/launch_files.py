@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,16 @@ def write_launch(plan: Plan, directory: Path, *, tables: dict[str, Any]) -> list
     config = read_config(paths[0], world_size=machine.num_gpus)
     nodes, per_node = -(-machine.num_gpus // machine.node.num_gpus), min(machine.num_gpus, machine.node.num_gpus)
     name = config.run.name
+    script, path = (shlex.quote(str(each)) for each in (paths[1], paths[0]))
     fields = {
         "what": f"{name}: {layout.describe(plan.data_parallel_size)} on {machine.num_gpus} x {machine.gpu.name}",
         "once": "" if config.sources else ", once config.toml names the data",
-        **{"script": paths[1], "nodes": nodes, "per_node": per_node, "name": name, "config": paths[0]},
+        **{"script": script, "nodes": nodes, "per_node": per_node, "name": shlex.quote(name), "config": path},
     }
     paths[1].write_text(SLURM.format(**fields), encoding="utf-8")
     paths[1].chmod(0o755)
     line = f"torchrun --nnodes {nodes} --nproc-per-node {per_node} --rdzv-backend c10d --rdzv-endpoint HOST:29500"
-    paths[2].write_text(f"{line} -m megaspeech.train {paths[0]}\n", encoding="utf-8")
+    paths[2].write_text(f"{line} -m megaspeech.train {path}\n", encoding="utf-8")
     return paths
 
 

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 
 from megaspeech.config import Config
-from megaspeech.model.counting import count_parameters, count_rank_parameters
+from megaspeech.model.counting import count_depth_layer, count_parameters, count_rank_parameters
 from megaspeech.planning.activations import saved_bytes, working_bytes
-from megaspeech.planning.stages import Stage, stages_of
+from megaspeech.planning.stages import Stage, num_microbatches, stages_of
 
 RESERVED_GB = 4.0
 """Of the context, NCCL's buffers, libraries' workspaces and what the allocator cannot use. Assumed, not measured yet:
@@ -82,8 +82,7 @@ def stage_memory(config: Config, *, data_parallel_size: int, layer_kind: str) ->
         layer_kind: whose layers, see `activations.saved_bytes`.
     """
     found = []
-    training = config.training
-    microbatches = max(1, training.global_batch_size // (training.micro_batch_size * data_parallel_size))
+    microbatches = num_microbatches(config, replicas=data_parallel_size)
     shards = data_parallel_size * config.parallel.context_parallel_size
     for stage in stages_of(config):
         chunks = [_chunk_parameters(config, stage, chunk) for chunk in range(len(stage.chunks))]
@@ -94,7 +93,9 @@ def stage_memory(config: Config, *, data_parallel_size: int, layer_kind: str) ->
         held = [size * stage.in_flight(chunk, num_microbatches=microbatches) for chunk, size in enumerate(saved)]
         working = working_bytes(config, is_last=stage.is_last, layer_kind=layer_kind)
         # The gradient of the embedding's table comes when nothing else is left of its microbatch.
-        table = BYTES[config.precision.params_dtype] * chunks[0].get("embedding", 0)
+        weight = BYTES[config.precision.params_dtype]
+        a_number = weight if config.parallel.data_parallel == "ddp" else 2 * weight + 4  # gathered, reduced in FP32
+        table = a_number * chunks[0].get("embedding", 0)
         working = max(working, table - saved[0])
         state = rank_state_bytes(config, chunks, num_shards=shards)
         parameters = {part: sum(chunk.get(part, 0) for chunk in chunks) for part in chunks[0] | chunks[-1]}
@@ -116,6 +117,7 @@ def rank_state_bytes(config: Config, chunks: list[dict[str, int]], *, num_shards
 
     megatron-core lays a chunk's parameters out in one buffer, padded to a multiple of 128 and of the ranks that share
     the optimizer (`param_and_grad_buffer.py`); with `overlap_grad_reduce` each of its buckets is, which is not counted.
+    Experts that are spread over ranks have buffers of their own, which fewer ranks share.
     FSDP shards all, and gathers one layer while it computes with another; its gradients are whole for a layer.
 
     Args:
@@ -123,15 +125,19 @@ def rank_state_bytes(config: Config, chunks: list[dict[str, int]], *, num_shards
         num_shards: ranks that share optimizer state, or under FSDP everything.
     """
     parallel, precision, optimizer = config.parallel, config.precision, config.optimizer
-    totals = [sum(chunk.values()) for chunk in chunks]
     if parallel.data_parallel != "ddp":
         return _fully_sharded_bytes(config, chunks, num_shards=num_shards)
-    distributed = parallel.use_distributed_optimizer
-    divisor = math.lcm(num_shards, 128) if distributed else 1
-    held = sum(total + -total % divisor for total in totals)
-    multiplied = sum(chunk["temporal"] for chunk in chunks) if precision.fp8_recipe else 0
+    spread = parallel.expert_model_parallel_size * parallel.expert_tensor_size
+    expert_shards = max(1, num_shards * parallel.tensor_model_parallel_size // spread)
+    held = own = 0
+    for chunk in chunks:
+        experts = chunk.get("experts", 0)
+        for total, shards in ((sum(chunk.values()) - experts, num_shards), (experts, expert_shards)):
+            shares = shards if parallel.use_distributed_optimizer else 1
+            padded = total + (-total % math.lcm(shares, 128) if parallel.use_distributed_optimizer else 0)
+            held, own = held + padded, own + padded // shares
+    multiplied = _multiplied(chunks) if precision.fp8_recipe else 0
     in_bf16 = held - (multiplied if precision.fp8_param_gather else 0)
-    own = held // (num_shards if distributed else 1)
     sizes = {
         "weights": BYTES[precision.params_dtype] * in_bf16,
         "FP8 weights": 2 * multiplied,
@@ -142,19 +148,31 @@ def rank_state_bytes(config: Config, chunks: list[dict[str, int]], *, num_shards
     return {kind: size for kind, size in sizes.items() if size}
 
 
+def _multiplied(chunks: list[dict[str, int]]) -> int:
+    """Numbers of the temporal matrices, which FP8 recipes keep in FP8 too."""
+    return sum(chunk["temporal"] + chunk.get("experts", 0) for chunk in chunks)
+
+
 def _fully_sharded_bytes(config: Config, chunks: list[dict[str, int]], *, num_shards: int) -> dict[str, int]:
-    """Of FSDP: FP32 weights, gradients and moments in shards ("megatron_fsdp" has BF16 weights beside them), and two
-    layers, or the depth transformer's and the heads, gathered: weights, and gradients in BF16 and FP32."""
+    """Of FSDP: FP32 weights, gradients and moments in shards ("megatron_fsdp" has BF16 weights beside them).
+
+    Gathered are two layers: weights, and gradients in BF16 and FP32; and for the whole step the root
+    (the heads and what of the depth transformer is no layer), which torch does not shard again after its forward pass
+    (`_fsdp_state.py`), with gradients that wait for its last. FP8 weights are not sharded: TransformerEngine makes them
+    of the first microbatch's gathered weights, and keeps them for the others.
+    """
     total = sum(sum(chunk.values()) for chunk in chunks)
     own, weight = -(-total // num_shards), BYTES[config.precision.params_dtype]
     layers = max(1, config.temporal.num_layers // (config.parallel.pipeline_model_parallel_size))
-    largest = max(max(chunk["temporal"] for chunk in chunks) // layers, chunks[0].get("embedding", 0))
-    largest = max(largest, chunks[-1].get("depth", 0) // config.depth.num_layers)
+    depth, depth_layer = chunks[-1].get("depth", 0), count_depth_layer(config)
+    largest = max(_multiplied(chunks) // layers, min(depth, depth_layer))
+    root = chunks[-1].get("text_head", 0) + max(0, depth - config.depth.num_layers * depth_layer)
     sizes = {
         "weights": weight * own if config.parallel.data_parallel == "megatron_fsdp" else 0,
+        "FP8 weights": 2 * _multiplied(chunks) if config.precision.fp8_recipe else 0,
         "gradients": 4 * own,
         "main weights": 4 * own,
         "moments": 8 * own,
-        "gathered": (2 * weight + weight + 4) * largest,
+        "gathered": (2 * weight + weight + 4) * largest + 2 * weight * root,
     }
     return {kind: size for kind, size in sizes.items() if size}

@@ -30,6 +30,7 @@ from megaspeech.parallel.fake_ranks import fake_rank
 from megaspeech.parallel.schedule import run_microbatches
 from megaspeech.parallel.wrap import Wrapped, wrap
 from megaspeech.planning.live_bytes import LiveBytes
+from megaspeech.planning.stages import num_microbatches
 from megaspeech.planning.truth import chunk_ends, sample_batch
 
 
@@ -121,7 +122,7 @@ def _run_step(wrapped: Wrapped, verdict: RankVerdict, *, replicas: int) -> None:
     """At most two rounds of the pipeline: after that a step repeats itself."""
     config = wrapped.config
     training, stages = config.training, config.parallel.pipeline_model_parallel_size
-    number = min(training.global_batch_size // (training.micro_batch_size * replicas), 2 * stages)
+    number = min(num_microbatches(config, replicas=replicas), 2 * stages)
     known = [_local(parameter) for chunk in wrapped.chunks for parameter in chunk.parameters()]
     if config.parallel.data_parallel == "ddp":
         known += [buffer.grad_data for chunk in wrapped.chunks for buffer in chunk.buffers]

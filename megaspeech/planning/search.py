@@ -11,7 +11,7 @@ from megaspeech.config import Config
 from megaspeech.config.checks import cross_section_faults
 from megaspeech.config.schema import SECTIONS
 from megaspeech.data.batch import frame_multiple
-from megaspeech.planning.activations import LOCAL, TRANSFORMER_ENGINE
+from megaspeech.planning.activations import LOCAL, TRANSFORMER_ENGINE, recomputes_feed_forward
 from megaspeech.planning.balance import balanced_pipelines
 from megaspeech.planning.efficiency import MARGIN
 from megaspeech.planning.gpus import Gpu
@@ -130,9 +130,10 @@ def require_plannable(base: Config, machine: Machine) -> None:
     if not machine.gpu.has(base.precision.fp8_recipe):
         raise ValueError(f'precision.recipe: the {machine.gpu.name} has no products of "{recipe}"; use "bf16"')
     alone = base.model_copy(update={"data": base.data.model_copy(update={"length_multiple": 1})})
-    if frames % (multiple := frame_multiple(alone)):
-        padded = frames + -frames % multiple
-        raise ValueError(f"data.num_frames: {recipe} pads {frames} to a multiple of {multiple}; plan with {padded}")
+    for name, multiple in ((recipe, frame_multiple(alone)), ("data.length_multiple", base.data.length_multiple)):
+        if frames % multiple:
+            padded = frames + -frames % multiple
+            raise ValueError(f"data.num_frames: {name} pads {frames} to a multiple of {multiple}; plan with {padded}")
 
 
 def obvious(base: Config, machine: Machine) -> dict[str, Plan | None]:
@@ -159,7 +160,8 @@ def candidates(base: Config, machine: Machine) -> Iterator[Config]:
             continue
         replicas = machine.num_gpus // model_size
         for micro, chunks, kind in itertools.product(SIZES, CHUNKS, ("ddp", "fsdp2", "megatron_fsdp")):
-            if base.training.global_batch_size % (micro * replicas) or (kind != "ddp" and stages > 1):
+            uneven = base.training.global_batch_size % (micro * replicas) and not base.data.pack
+            if uneven or (kind != "ddp" and stages > 1):
                 continue
             yield from _layouts(
                 base, machine, tensor=tensor, stages=stages, context=context, micro=micro, chunks=chunks, kind=kind
@@ -171,7 +173,7 @@ def _layouts(
 ) -> Iterator[Config]:
     """Those of given sizes, by what they recompute, the pipeline balanced for the depth transformer."""
     sizes = {"tensor_model_parallel_size": tensor, "context_parallel_size": context, "data_parallel": kind}
-    overlap = {"overlap_grad_reduce": kind == "ddp", "overlap_param_gather": kind == "ddp"}
+    overlap = {"overlap_grad_reduce": kind == "ddp", "overlap_param_gather": kind == "ddp" and _may_gather_late(base)}
     even = base.data.length_multiple == base.data.num_frames  # microbatches all as long, as user buffers want them
     sizes |= overlap | {"sequence_parallel": tensor > 1, "tp_comm_overlap": tensor > 1 and even}
     pipelines = balanced_pipelines(
@@ -180,10 +182,17 @@ def _layouts(
         num_chunks=chunks,
         last_load=_last_load(_with(base, micro=micro, **sizes), machine) if stages > 1 else 0.0,
     )
-    for pipeline, recompute in itertools.product(pipelines, RECOMPUTE.values()):
-        config = _with(base, micro=micro, **sizes, **pipeline, **recompute)
-        if is_valid(config, num_gpus=machine.num_gpus):
+    for pipeline, recompute in itertools.product(pipelines, RECOMPUTE):
+        config = _with(base, micro=micro, **sizes, **pipeline, **RECOMPUTE[recompute])
+        is_idle = recompute == "mlp" and not recomputes_feed_forward(config)
+        if not is_idle and is_valid(config, num_gpus=machine.num_gpus):
             yield config
+
+
+def _may_gather_late(base: Config) -> bool:
+    """Whether `config.checks` let a forward pass gather weights, which hides that."""
+    in_mxfp8 = base.precision.fp8_param_gather and base.precision.recipe == "mxfp8"
+    return base.parallel.use_distributed_optimizer and not base.model.depth_graph_multiple and not in_mxfp8
 
 
 def is_valid(config: Config, *, num_gpus: int) -> bool:
@@ -192,10 +201,21 @@ def is_valid(config: Config, *, num_gpus: int) -> bool:
     if config.data.num_frames % frame_multiple(config):
         return False
     shards = num_gpus // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
-    if parallel.data_parallel != "ddp" and (config.temporal.hidden_size % shards or config.depth.hidden_size % shards):
+    if parallel.data_parallel != "ddp" and any(width % shards for width in _widths(config)):
         return False  # `parallel.fsdp2.shard_axis`
     sections = {name: getattr(config, name) for name in SECTIONS}
     return not cross_section_faults(sections, world_size=num_gpus)
+
+
+def _widths(config: Config) -> list[int]:
+    """Of what has one axis alone: norms, and the bias of queries, keys and values on a tensor parallel rank."""
+    temporal, widths = config.temporal, [config.temporal.hidden_size, config.depth.hidden_size]
+    if temporal.qk_layernorm:
+        widths.append(temporal.head_width)
+    if temporal.add_qkv_bias:
+        heads = temporal.num_attention_heads + 2 * temporal.num_query_groups
+        widths.append(heads * temporal.head_width // config.parallel.tensor_model_parallel_size)
+    return widths
 
 
 def _with(base: Config, *, micro: int, **keys: Any) -> Config:

@@ -1,4 +1,4 @@
-"""Which layers each pipeline stage holds, and how many microbatches it keeps in flight."""
+"""Which layers each pipeline stage holds, how many microbatches a step has, and how many are kept in flight."""
 
 from __future__ import annotations
 
@@ -47,6 +47,14 @@ class Stage:
         ahead = min(2 * (p - self.index - 1) + (v - 1) * p + 1, num_microbatches * v)
         rounds, rest = divmod(ahead, p * v)  # a round runs every chunk for p microbatches
         return min(num_microbatches, rounds * p + min(max(rest - chunk * p, 0), p))
+
+
+def num_microbatches(config: Config, *, replicas: int) -> int:
+    """Of a step, on each replica. Samples come out even (`config.checks`); packed rows are rounded up, as
+    `data.mixture` does: as many for every replica, and under interleaving a multiple of the stages."""
+    training, parallel = config.training, config.parallel
+    number = -(-training.global_batch_size // (training.micro_batch_size * replicas))
+    return number + (-number % parallel.pipeline_model_parallel_size if parallel.num_chunks > 1 else 0)
 
 
 def stages_of(config: Config) -> list[Stage]:

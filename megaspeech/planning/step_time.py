@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from megaspeech.config import Config
 from megaspeech.model.counting import count_flops, count_layer_flops
 from megaspeech.planning import efficiency
+from megaspeech.planning.activations import recomputes_feed_forward
 from megaspeech.planning.gpus import Gpu
 from megaspeech.planning.memory import StageMemory
 from megaspeech.planning.nodes import Node, group_rate
 from megaspeech.planning.pipeline import least_seconds, pipeline_seconds
+from megaspeech.planning.stages import num_microbatches
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,7 @@ def step_time(
         exact: whether to play the pipeline's schedule, or to take the least that it can last.
     """
     machine = _Machine(config, gpu, node, num_gpus)
-    training = config.training
-    microbatches = training.global_batch_size // (training.micro_batch_size * machine.replicas)
+    microbatches = num_microbatches(config, replicas=machine.replicas)
     works = [_stage_seconds(machine, stage) for stage in memory]
     chunks = [_by_chunk(work, memory=stage) for work, stage in zip(works, memory, strict=True)]
     each = [sum(seconds) for seconds in chunks]
@@ -77,7 +78,7 @@ def step_time(
     parts["bubble"] = play(chunks, num_microbatches=microbatches) - microbatches * slowest
     after = [_after_backward(machine, stage, seconds) for stage, seconds in zip(memory, each, strict=True)]
     parts |= max(after, key=lambda found: sum(found.values())) | {"overhead": efficiency.STEP_OVERHEAD}
-    frames = training.global_batch_size * config.data.num_frames
+    frames = config.training.global_batch_size * config.data.num_frames
     flops = 3.0 * sum(count_flops(config, num_frames=config.data.num_frames).values()) * frames
     return StepTime(parts, tuple(each), flops, gpu.bf16_tflops * 1e12, frames, num_gpus)
 
@@ -143,7 +144,7 @@ def _stage_seconds(machine: _Machine, memory: StageMemory) -> dict[str, float]:
         "norms, SwiGLU": frames * layers * (3 + again) * _bytes_by_number(config) / machine.bandwidth,
         "text head": 0.0,
         "depth transformer": 0.0,
-        "tensor parallel": layers * _tensor_seconds(machine, again=again),
+        "tensor parallel": layers * _tensor_seconds(machine, again=again + feed_forward_again),
         "context parallel": layers * _context_seconds(machine),
         "pipeline sends": _pipeline_seconds(machine),
     }
@@ -165,9 +166,8 @@ def _fill(rows: float) -> float:
 
 def _recomputes(config: Config) -> tuple[int, int]:
     """Times that a layer, and its feed-forward part, goes forward again."""
-    parallel = config.parallel
-    again = int(parallel.recompute_granularity == "full")
-    return again, int(again or "mlp" in (parallel.recompute_modules or ()))
+    again = int(config.parallel.recompute_granularity == "full")
+    return again, int(again or recomputes_feed_forward(config))
 
 
 def _bytes_by_number(config: Config) -> float:
@@ -191,12 +191,13 @@ def _depth_bytes(config: Config) -> float:
 
 def _tensor_seconds(machine: _Machine, *, again: int) -> float:
     """Of a layer and microbatch. Under sequence parallelism two gathers and two reductions each way, and two gathers
-    more for the weights' gradients (arXiv 2205.05198, section 4.2.2); without it two sums each way, each worth two."""
+    more for the weights' gradients (arXiv 2205.05198, section 4.2.2); without it two sums each way, each worth two.
+    `again` of attention and feed-forward part go forward once more."""
     config = machine.config
     size = config.parallel.tensor_model_parallel_size
     if size == 1:
         return 0.0
-    times = (10 if config.parallel.sequence_parallel else 8) + 4 * again
+    times = (10 if config.parallel.sequence_parallel else 8) + 2 * again
     volume = 2 * machine.frames * config.temporal.hidden_size * (size - 1) / size
     hidden = efficiency.TENSOR_HIDDEN if config.parallel.tp_comm_overlap else 0.0
     return times * volume * (1 - hidden) / machine.rate(size=size, stride=1)
@@ -219,9 +220,8 @@ def _pipeline_seconds(machine: _Machine) -> float:
     parallel, size = config.parallel, config.parallel.pipeline_model_parallel_size
     if size == 1:
         return 0.0
-    stride = machine.num_gpus // size
     cut = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    inside = stride * 2 <= machine.node.num_gpus
+    inside = machine.num_gpus <= machine.node.num_gpus  # else some stage sends to another node, and all wait for it
     rate = machine.gpu.nvlink * efficiency.NVLINK if inside else machine.node.network * efficiency.NETWORK
     sent = 2 * 2 * machine.frames * config.temporal.hidden_size / cut
     hidden = efficiency.PIPELINE_HIDDEN if parallel.num_chunks > 1 else 0.0
@@ -240,20 +240,22 @@ def _after_backward(machine: _Machine, memory: StageMemory, microbatch: float) -
     held = sum(memory.parameters.values())
     reduced, gathered = 4 if parallel.grad_reduce_in_fp32 else 2, 2
     if config.precision.fp8_param_gather and config.precision.fp8_recipe != "mxfp8":
-        gathered -= memory.parameters["temporal"] / held
+        gathered -= (memory.parameters["temporal"] + memory.parameters.get("experts", 0)) / held
     share = (shards - 1) / shards / machine.rate(size=shards, stride=tensor) if shards > 1 else 0.0
-    reduction, gather = reduced * held * share, gathered * held * share
+    reduction, gather, own = reduced * held * share, gathered * held * share, held / shards
+    if parallel.data_parallel == "ddp" and not parallel.use_distributed_optimizer:
+        # A sum is worth two reductions, and every rank updates all weights.
+        reduction, gather, own = 2 * reduction, 0.0, held
     if parallel.data_parallel != "ddp":  # every microbatch gathers twice and reduces once, behind its computation
-        training = config.training
-        rounds = training.global_batch_size // (training.micro_batch_size * machine.replicas)
+        rounds = num_microbatches(config, replicas=machine.replicas)
         sent = reduction + 2 * gather
         exposed = rounds * max(sent - microbatch, sent * (1 - efficiency.SHARDED_HIDDEN))
     else:
         behind = microbatch * 2 / 3 if parallel.overlap_grad_reduce else 0.0
         before = microbatch / 3 if parallel.overlap_param_gather else 0.0
         exposed = max(0.0, reduction - behind) + max(0.0, gather - before)
-    own = held / shards  # what each rank's optimizer keeps
-    summed = 2 * reduced * memory.parameters.get("depth", 0) / shards * (tensor - 1) / tensor
+    # `own` is what each rank's optimizer keeps, of which alone gradients are summed.
+    summed = 2 * reduced * memory.parameters.get("depth", 0) * own / held * (tensor - 1) / tensor
     return {
         "data parallel": exposed,
         "depth gradients": summed / machine.rate(size=tensor, stride=1),

@@ -16,7 +16,8 @@ from megaspeech.planning.balance import balanced_pipelines
 from megaspeech.planning.gpus import GPUS
 from megaspeech.planning.nodes import find_node, group_rate
 from megaspeech.planning.pipeline import least_seconds, pipeline_seconds
-from megaspeech.planning.search import Machine, obvious, plan_of, plans
+from megaspeech.planning.search import Machine, candidates, is_valid, obvious, plan_of, plans
+from megaspeech.planning.stages import num_microbatches
 from tools import plan_layout
 
 H100 = next(gpu for gpu in GPUS if gpu.key == "h100-96gb")
@@ -142,7 +143,7 @@ def test_a_config_of_ones_own_keeps_all_but_its_layout(tmp_path: Path, capsys: p
     arguments = ["--model", str(path), "--gpus", "16", "--gpu", "h200", "optimizer.lr=2e-4"]
     assert plan_layout.main(arguments) == 2 and "--global-batch: " in capsys.readouterr().err
     arguments += ["--global-batch", "64", "--write", str(written.parent)]
-    assert plan_layout.main([*arguments, "--sweep", "16,7"]) == 0
+    assert plan_layout.main([*arguments, "--sweep", "16,1", "--gpu", "h100-80gb"]) == 0
     shown = capsys.readouterr().out
     assert f"as {path} has it: fits" in shown and "none fits, or the batch cannot be shared out" in shown
     own = read_config(path, ["optimizer.lr=2e-4"])
@@ -156,7 +157,75 @@ def test_a_config_of_ones_own_keeps_all_but_its_layout(tmp_path: Path, capsys: p
     assert f"as {path} has it: sizes or the global batch cannot be shared out so" in capsys.readouterr().out
 
 
-def test_the_tool_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_packed_run_has_as_many_rows_on_every_replica(tmp_path: Path) -> None:
+    """What `data.mixture` rounds up: 36 rows on 8 replicas are 5 microbatches each, or 6 for two interleaved stages."""
+    base = make_config(tmp_path, "data.pack=true", "training.micro_batch_size=1", preset="8b")
+    base = base.model_copy(update={"training": base.training.model_copy(update={"global_batch_size": 36})})
+    interleaved = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+    turns = base.model_copy(update={"parallel": base.parallel.model_copy(update=interleaved)})
+    assert num_microbatches(base, replicas=8) == 5 and num_microbatches(turns, replicas=8) == 6
+    few = turns.model_copy(update={"training": base.training.model_copy(update={"global_batch_size": 2})})
+    assert num_microbatches(few, replicas=8) == 2
+    assert plan_of(few, Machine(H100, find_node(4), 16)).time.seconds > 0.01
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("parallel.use_distributed_optimizer=false",),
+        ("model.depth_graph_multiple=512",),
+        ("precision.recipe=mxfp8", "precision.fp8_param_gather=true"),
+    ],
+)
+def test_weights_are_gathered_late_only_where_a_run_may(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    size = ("data.num_frames=4096", "data.length_multiple=4096", "precision.recipe=bf16", "training.micro_batch_size=1")
+    small = ("temporal.num_layers=8", "training.global_batch_size=64")
+    base = make_config(tmp_path, *size, *small, *overrides, preset="8b")
+    b200 = next(gpu for gpu in GPUS if gpu.key == "b200")
+    found = [plan.config.parallel for plan in plans(base, Machine(b200, find_node(8), 8), most=20)]
+    ddp = [parallel for parallel in found if parallel.data_parallel == "ddp"]
+    assert ddp and all(one.overlap_grad_reduce and not one.overlap_param_gather for one in ddp)
+
+
+def parts_of(directory: Path, *overrides: str, gpus: int = 8) -> dict[str, float]:
+    """Seconds by part of four layers of the 8B."""
+    size = ("data.num_frames=4096", "data.length_multiple=4096", "precision.recipe=bf16", "training.micro_batch_size=1")
+    base = make_config(
+        directory, *size, "temporal.num_layers=4", "training.global_batch_size=64", *overrides, preset="8b"
+    )
+    return plan_of(base, Machine(H100, find_node(8), gpus)).time.parts
+
+
+def test_what_is_sent(tmp_path: Path) -> None:
+    tensor = ("parallel.tensor_model_parallel_size=8", "parallel.sequence_parallel=true")
+    mlp = ("parallel.recompute_granularity=selective", 'parallel.recompute_modules=["mlp"]')
+    plain, again = (parts_of(tmp_path, *tensor, *keys)["tensor parallel"] for keys in ((), mlp))
+    assert again == pytest.approx(plain * 12 / 10)  # the feed-forward part gathers and reduces once more
+    shared, whole = (parts_of(tmp_path, f"parallel.use_distributed_optimizer={word}") for word in ("true", "false"))
+    assert whole["data parallel"] == pytest.approx(shared["data parallel"] * 4 / 3)  # 2 x 4 bytes, not 4 + 2
+    assert whole["optimizer"] > 3 * shared["optimizer"]
+    stages = ("parallel.pipeline_model_parallel_size=4", "parallel.tensor_model_parallel_size=4", tensor[1])
+    inside = parts_of(tmp_path, stages[0])["pipeline sends"]
+    assert parts_of(tmp_path, *stages, gpus=16)["pipeline sends"] > inside  # stages 1 and 2 are on different nodes
+
+
+def test_what_no_run_could_use_is_left_out(tmp_path: Path) -> None:
+    size = ("data.num_frames=512", "data.length_multiple=512", "precision.recipe=bf16", "training.micro_batch_size=1")
+    base = make_config(tmp_path, *size, "training.global_batch_size=256", preset="tiny-moe")
+    found = list(candidates(base, Machine(H100, find_node(4), 4)))
+    assert found and not [one for one in found if one.parallel.recompute_modules]  # "mlp" is no mixture of experts
+    normed = make_config(
+        tmp_path, *size, "training.global_batch_size=256", "temporal.qk_layernorm=true", "parallel.data_parallel=fsdp2"
+    )
+    wide = normed.model_copy(
+        update={name: getattr(normed, name).model_copy(update={"hidden_size": 1024}) for name in ("temporal", "depth")}
+    )
+    heads = wide.temporal.model_copy(update={"kv_channels": 64})
+    wide = wide.model_copy(update={"temporal": heads})
+    assert is_valid(wide, num_gpus=64) and not is_valid(wide, num_gpus=128)  # norms of 64 numbers
+
+
+def test_the_tool_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = ["--model", "70b", "--gpus", "2", "--global-batch", "2", "--frames", "4096"]
     assert plan_layout.main(few) == 1 and "no layout fits" in capsys.readouterr().err
     assert plan_layout.main([*few, "--recipe", "fp7"]) == 2 and "precision.recipe" in capsys.readouterr().err
@@ -169,11 +238,22 @@ def test_the_tool_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None
             ["--recipe", "fp8-blockwise", "--frames", "4097"],
             "data.num_frames: fp8-blockwise pads 4097 to a multiple of 128; plan with 4224",
         ),
+        (["data.length_multiple=16", "--frames", "4090"], "data.length_multiple pads 4090 to a multiple of 16"),
     ):
         assert plan_layout.main([*few, *arguments]) == 2 and words in capsys.readouterr().err
+    assert plan_layout.main(["--model", "8b", "--gpus", "7"]) == 1
+    assert "no layout shares model and global batch out" in capsys.readouterr().err
+    (tmp_path / "value.toml").write_text("parallel = 3")
+    assert plan_layout.main(["--model", str(tmp_path / "value.toml"), "--gpus", "8"]) == 2
+    assert "parallel: is a section, not a value" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         plan_layout.main(["--model", "8b", "--gpus", "0"])
     assert "0 is not positive" in capsys.readouterr().err
-    plan_layout.main(["--model", "8b", "--gpus", "12", "--gpu", "h200", "--global-batch", "12", "--best", "1"])
+    twelve = ["--model", "8b", "--gpus", "12", "--gpu", "h200", "--global-batch", "12", "--best", "1"]
+    assert plan_layout.main(twelve) == 2  # a job has whole nodes
+    assert "--gpus: 12 are no whole nodes of 8" in capsys.readouterr().err
+    assert plan_layout.main([*twelve, "--gpus-per-node", "4", "--json", "/no/folder.json"]) == 2
+    assert "/no/folder.json" in capsys.readouterr().err
+    plan_layout.main([*twelve, "--gpus-per-node", "4"])
     shown = capsys.readouterr().out
     assert "tensor 4, no pipeline: " in shown and "FSDP alone: sizes or the global batch cannot" in shown

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from one_rank import make_config
+from torch.distributed.fsdp import FSDPModule
 
 from megaspeech.config import Config
+from megaspeech.model.speech_text_model import SpeechTextModel
+from megaspeech.parallel.fake_ranks import fake_rank
+from megaspeech.parallel.wrap import wrap
 from megaspeech.planning.activations import LOCAL, saved_bytes
 from megaspeech.planning.memory import stage_memory
 from megaspeech.planning.rehearsal import faults_between, ranks_of_a_replica, rehearse, without_gpu
 from megaspeech.planning.stages import stages_of
-from megaspeech.planning.truth import measure_stage
+from megaspeech.planning.truth import _buffers, measure_stage
 from tools import rehearse as rehearse_tool
 
 TENSOR = ("parallel.tensor_model_parallel_size=4", "parallel.sequence_parallel=true")
@@ -22,6 +27,14 @@ PIPELINE = ("parallel.pipeline_model_parallel_size=2", "parallel.num_layers_in_l
 CASES = {
     "tp4 pp2": (*TENSOR, *PIPELINE),
     "tp4 pp2 full": (*TENSOR, *PIPELINE, "parallel.recompute_granularity=full"),
+    "pp2 block": (
+        *("parallel.pipeline_model_parallel_size=2", "parallel.recompute_granularity=full"),
+        *("parallel.recompute_method=block", "parallel.recompute_num_layers=3"),
+    ),
+    "pp2 uniform": (
+        *("parallel.pipeline_model_parallel_size=2", "parallel.recompute_granularity=full"),
+        *("parallel.recompute_method=uniform", "parallel.recompute_num_layers=2"),
+    ),
     "tp4 pp2 mlp": (
         *(*TENSOR, *PIPELINE, "parallel.recompute_granularity=selective"),
         'parallel.recompute_modules=["mlp"]',
@@ -83,6 +96,50 @@ def test_the_8b_in_the_flesh(name: str, tmp_path: Path) -> None:
             assert saved == pytest.approx(real.activations, rel=0.1)
 
 
+@pytest.mark.parametrize("tensor, expert, expert_tensor", [(1, 4, 1), (1, 2, 1), (2, 2, 1), (2, 2, 2), (2, 1, 2)])
+def test_experts_state_is_shared_by_the_ranks_that_hold_the_same(
+    tensor: int, expert: int, expert_tensor: int, tmp_path: Path
+) -> None:
+    layout = {"tensor_model": tensor, "expert_model": expert, "expert_tensor": expert_tensor}
+    keys = [f"parallel.{name}_parallel_size={size}" for name, size in layout.items()]
+    config = run_of(tmp_path, *keys, f"parallel.sequence_parallel={str(tensor > 1).lower()}", preset="tiny-moe")
+    with fake_rank(config, rank=0, world_size=8):
+        wrapped = wrap(config, num_chunks=1, build=_whole(config), initialise=lambda model: None)
+        real = _buffers(wrapped)
+        wrapped.release()
+    (planned,) = stage_memory(config, data_parallel_size=8 // tensor, layer_kind=LOCAL)
+    for kind, name in (("weights", "weights"), ("gradients", "gradients"), ("main weights", "main_weights")):
+        assert planned.state[kind] == pytest.approx(real[name], abs=2 * 128 * 8 * 4)  # padding
+
+
+@pytest.mark.parametrize("preset", ["tiny", "8b"])
+def test_what_fully_sharded_ranks_gather(preset: str, tmp_path: Path) -> None:
+    """torch gathers layer by layer, and keeps what belongs to none: the heads, and some of the depth transformer."""
+    config = run_of(tmp_path, "parallel.data_parallel=fsdp2", "parallel.tensor_model_parallel_size=2", preset=preset)
+    with fake_rank(config, rank=0, world_size=16):
+        wrapped = wrap(config, num_chunks=1, build=_whole(config), initialise=lambda model: None)
+        sizes = {}
+        for module in wrapped.chunks[0].modules():
+            if isinstance(module, FSDPModule):
+                groups = module._get_fsdp_state()._fsdp_param_groups
+                sizes[module] = sum(one._orig_size.numel() for group in groups for one in group.fsdp_params)
+        wrapped.release()
+    root = sizes.pop(wrapped.models[0])
+    (planned,) = stage_memory(config, data_parallel_size=8, layer_kind=LOCAL)
+    del sizes[wrapped.models[0].embedding]  # its turn comes when no activations are left
+    assert planned.state["gathered"] == pytest.approx((3 * 2 + 4) * max(sizes.values()) + 2 * 2 * root, rel=0.02)
+    if (
+        preset == "8b"
+    ):  # the peak of real microbatches: what is gathered and the gradients are not at once at their most
+        real = rehearse(config, world_size=16, rank=0)
+        beside = planned.state["gathered"] + planned.state["gradients"] + planned.activations + planned.working
+        assert not real.fault and 1 < beside / 1e9 / real.peak_gb < 1.25
+
+
+def _whole(config: Config) -> Callable[[int | None], SpeechTextModel]:
+    return lambda vp_stage: SpeechTextModel(config, pre_process=True, post_process=True)
+
+
 @pytest.mark.parametrize(
     "layout",
     [
@@ -115,7 +172,6 @@ def test_layers_are_dealt_out_as_megatron_does(keys: dict[str, object], tmp_path
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
     from megaspeech.model.temporal import transformer_config
-    from megaspeech.parallel.fake_ranks import fake_rank
 
     config = run_of(tmp_path, *(f"{key}={value}" for key, value in keys.items()))
     world = config.parallel.pipeline_model_parallel_size
@@ -162,6 +218,13 @@ def test_the_tool_gives_a_verdict_a_rank(tmp_path: Path, capsys: pytest.CaptureF
     assert "temporal.num_layers" in capsys.readouterr().err
     fsdp = [path, bf16, "parallel.data_parallel=fsdp2", "parallel.pipeline_model_parallel_size=2", "--world-size", "8"]
     assert rehearse_tool.main(fsdp) == 0 and "make up one checkpoint" in capsys.readouterr().out
+    packed = ["data.pack=true", "training.micro_batch_size=1", "training.global_batch_size=3"]  # fewer than replicas
+    turns = ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"]
+    assert rehearse_tool.main([path, bf16, *packed, *turns, "--world-size", "8"]) == 0
+    assert rehearse_tool.main([path, "model.preset=tiny-moe", "--world-size", "4"]) == 2
+    assert "temporal.num_moe_experts: " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        rehearse_tool.main([path, "--world-size", "0"])
     # 24 ranks do not divide the widths: torch's FSDP has no axis to cut.
     path24 = [path, "parallel.data_parallel=fsdp2", "training.global_batch_size=192", "--world-size", "24"]
     assert rehearse_tool.main(path24) == 1
