@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from megaspeech.benchmarks import report
-from megaspeech.benchmarks.case import OURS, PEERS, Case
-from megaspeech.benchmarks.run import config_of, run
+from megaspeech.benchmarks.case import OURS, PEERS, Case, config_of
+from megaspeech.benchmarks.run import run
 from megaspeech.config.presets import PRESETS
 from megaspeech.kernels.benchmarks.rows import MEASURED
 

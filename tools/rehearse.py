@@ -38,9 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     for words in changes:
         print(f"note: {words}")
     ranks = ranks_of_a_replica(config, world_size=options.world_size)
-    print(
-        f"{config.parallel.describe(options.world_size // _model_size(config))}: {len(ranks)} ranks differ", flush=True
-    )
+    layout = config.parallel.describe(options.world_size // config.parallel.model_parallel_size)
+    print(f"{layout}: {len(ranks)} ranks differ", flush=True)
     verdicts = []
     for rank in ranks:
         began = time.monotonic()
@@ -77,12 +76,6 @@ def _refusal(config: Config) -> str:
     if config.temporal.num_moe_experts:
         return "temporal.num_moe_experts: frames go to experts by numbers, which a rehearsal has not; leave them out"
     return ""
-
-
-def _model_size(config: Config) -> int:
-    parallel = config.parallel
-    sizes = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    return sizes * parallel.context_parallel_size
 
 
 def _line(verdict: object, seconds: float, *, is_sharded: bool) -> str:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megaspeech.benchmarks.case import OURS, Case
+from megaspeech.benchmarks.case import Case, config_of
 from megaspeech.config import Config
-from megaspeech.kernels.benchmarks.rows import MEASURED
-from megaspeech.planning.gpus import Gpu
+from megaspeech.planning.gpus import Gpu, find_gpu
 from megaspeech.planning.nodes import NODES
 from megaspeech.planning.search import Machine, plan_of
 
@@ -30,17 +29,12 @@ def off(planned: float | None, measured: float | None) -> float | None:
     return abs(planned / measured - 1) if planned and measured else None
 
 
-def deviations(report: Mapping[str, Any], *, config_of: Any, gpu: Gpu | None) -> dict[str, tuple[float, float]]:
-    """How far today's planner is from a report's measured rows of ours: (of time, of memory) by the case's name.
-
-    Args:
-        report: the JSON of `tools/measure_throughput.py`.
-        config_of: gives the config of a case.
-        gpu: that it was measured on.
-    """
-    found = {}
+def deviations(report: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """How far today's planner is from the rows of a report, the JSON of `tools/measure_throughput.py`, that it planned
+    for when they were measured: (of time, of memory) by the case's name."""
+    gpu, found = find_gpu(report["machine"]["device"]), {}
     for row in report["rows"]:
-        if row["provider"] != OURS or row["status"] != MEASURED or row["recipe"] == "fp32":
+        if row["planned_ms"] is None:
             continue
         sizes = ("provider", "model", "num_layers", "recipe", "frames", "sample_frames", "micro_batch_size")
         case = Case(*(row[name] for name in sizes), overrides=tuple(row["overrides"]))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -13,10 +11,9 @@ import torch
 
 from megaspeech.benchmarks.aims import Judged, judge
 from megaspeech.benchmarks.apart import call_apart
-from megaspeech.benchmarks.case import OURS, Case
+from megaspeech.benchmarks.case import OURS, Case, config_of
 from megaspeech.benchmarks.figures import FP8_PRODUCT, Row, extrapolated, row_of
 from megaspeech.benchmarks.step import Measured, measure_case
-from megaspeech.config import Config
 from megaspeech.kernels.benchmarks import measuring
 from megaspeech.kernels.benchmarks.machine import describe_machine
 from megaspeech.kernels.benchmarks.rows import SKIPPED
@@ -35,12 +32,6 @@ class Report:
     floors: dict[str, float | None]
     rows: list[Row]
     aims: list[Judged]
-
-
-def config_of(case: Case) -> Config:
-    """The config of a case, for counting; its directories are gone. Raises ValueError where it has faults."""
-    with tempfile.TemporaryDirectory() as directory:
-        return case.config(Path(directory))
 
 
 def run(cases: list[Case], *, minutes: float, hear: Callable[[str], None]) -> Report:

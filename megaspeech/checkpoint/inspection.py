@@ -60,8 +60,7 @@ class Contents:
     def layout(self) -> str:
         """The layout it was written on, in words."""
         parallel = self.config.parallel
-        within = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-        described = parallel.describe(self.num_ranks // (within * parallel.context_parallel_size))
+        described = parallel.describe(self.num_ranks // parallel.model_parallel_size)
         return f"{described}; {self.num_ranks} rank{'s' * (self.num_ranks > 1)}"
 
 

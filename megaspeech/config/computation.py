@@ -60,6 +60,11 @@ class ParallelSection(Section):
     recompute_modules: tuple[str, ...] | None = None
 
     @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one replica together."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
     def expert_tensor_size(self) -> int:
         """Ranks that share one expert: 1 where experts are spread, else all of the tensor parallel ones."""
         spread = self.expert_model_parallel_size > 1

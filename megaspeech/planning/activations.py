@@ -7,8 +7,6 @@ Counted tensor by tensor. The layers of megatron-core's local spec are held agai
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from megaspeech.config import Config
 
 LOCAL, TRANSFORMER_ENGINE = "local", "transformer_engine"
@@ -25,7 +23,7 @@ def saved_bytes(config: Config, *, num_layers: int, is_first: bool, is_last: boo
         layer_kind: LOCAL or TRANSFORMER_ENGINE, whose temporal layers they are.
     """
     frames, shared = _frames(config)
-    norm = _NORM[layer_kind](config) * shared
+    norm = _temporal_norm(config, layer_kind=layer_kind) * shared
     sizes = {"temporal": _kept_of_layers(config, num_layers=num_layers, layer_kind=layer_kind)}
     if is_first:  # indices of all streams, and of the reference kernels the places of the bag
         sizes["embedding"] = (18 if config.model.kernels == "reference" else 8) * config.streams.num_streams * frames
@@ -102,7 +100,7 @@ def recomputes_feed_forward(config: Config) -> bool:
 
 def _whole_layer(config: Config, *, layer_kind: str) -> int:
     frames, shared = _frames(config)
-    by_norms = 2 * _NORM[layer_kind](config) * shared
+    by_norms = 2 * _temporal_norm(config, layer_kind=layer_kind) * shared
     return (
         by_norms + (_attention(config, layer_kind=layer_kind) + _feed_forward(config, layer_kind=layer_kind)) * frames
     )
@@ -113,12 +111,17 @@ def _bytes_of_input(config: Config) -> int:
     return 1 if config.precision.fp8_recipe else 2
 
 
-_NORM: dict[str, Callable[[Config], int]] = {
-    # torch's on the CPU computes in FP32, of which its input and its normalised input stay; then its output.
-    LOCAL: lambda config: (4 + 4 + 2) * config.temporal.hidden_size,
-    TRANSFORMER_ENGINE: lambda config: (2 + _bytes_of_input(config)) * config.temporal.hidden_size,
-}
-"""Bytes of a norm and of the product that it goes into, for each of the frames that sequence parallelism leaves."""
+def _temporal_norm(config: Config, *, layer_kind: str) -> int:
+    return _norm(config.temporal.hidden_size, layer_kind=layer_kind, bytes_of_output=_bytes_of_input(config))
+
+
+def _norm(width: int, *, layer_kind: str, bytes_of_output: int = 2) -> int:
+    """Bytes of a norm and of the product that it goes into, for each of the frames that it sees.
+
+    torch's on the CPU computes in FP32, of which its input and its normalised input stay; then its output. On GPUs
+    torch's (`_fused_rms_norm`) and TransformerEngine's keep their input as it came.
+    """
+    return (4 + 4 + 2 if layer_kind == LOCAL else 2 + bytes_of_output) * width
 
 
 def _attention(config: Config, *, layer_kind: str) -> int:
@@ -156,16 +159,11 @@ def _places(config: Config) -> int:
 
 
 def _depth_layer(config: Config, *, layer_kind: str) -> int:
-    """Bytes of a place and a depth layer: two norms and their outputs, attention's tensors, SwiGLU's.
-
-    They are torch's own layers, whose norm on GPUs, where the temporal layers are TransformerEngine's, keeps its input
-    as it came (`_fused_rms_norm`).
-    """
+    """Bytes of a place and a depth layer, torch's own: two norms and their outputs, attention's tensors, SwiGLU's."""
     shape = config.depth
     key_value = shape.hidden_size * shape.num_query_groups // shape.num_attention_heads
     attention = 2 * (2 * shape.hidden_size + 2 * key_value) + 4 * shape.num_attention_heads
-    norm = 4 + 4 + 2 if layer_kind == LOCAL else 2 + 2
-    return 2 * norm * shape.hidden_size + attention + 8 * shape.ffn_hidden_size
+    return 2 * _norm(shape.hidden_size, layer_kind=layer_kind) + attention + 8 * shape.ffn_hidden_size
 
 
 def _depth_bytes(config: Config, *, layer_kind: str) -> int:

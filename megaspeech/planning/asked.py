@@ -10,7 +10,7 @@ from typing import Any
 
 from megaspeech.config import PRESETS, Config, ConfigError, config_of, read_tables
 from megaspeech.config.schema import SECTIONS
-from megaspeech.planning.search import KEPT, Machine, Plan, is_valid, plan_of
+from megaspeech.planning.search import KEPT, Machine, Plan, valid_plan
 
 DEFAULTS = {
     **{"data.num_frames": 4096, "training.global_batch_size": 512, "precision.recipe": "bf16"},
@@ -72,7 +72,7 @@ class Asked:
             config = _with_rows(self.tables, self.rows, source=self.source)
         except ConfigError:
             return None
-        return plan_of(config, machine) if is_valid(config, num_gpus=machine.num_gpus) else None
+        return valid_plan(config, machine)
 
 
 def _tables_of_preset(name: str, overrides: Sequence[str]) -> dict[str, Any]:

@@ -27,11 +27,11 @@ def state_bytes(config: Config) -> dict[str, int]:
     """
     parts, precision, optimizer = count_parameters(config), config.precision, config.optimizer
     parameters = sum(parts.values())
-    multiplied = parts["temporal"] if precision.fp8_recipe else 0
-    in_bf16 = parameters - (multiplied if precision.fp8_param_gather else 0)
+    in_fp8 = parts["temporal"] if precision.fp8_recipe else 0
+    in_bf16 = parameters - (in_fp8 if precision.fp8_param_gather else 0)
     sizes = {
         "weights": BYTES[precision.params_dtype] * in_bf16,
-        "FP8 weights": 2 * multiplied,
+        "FP8 weights": 2 * in_fp8,
         "gradients": (4 if config.parallel.grad_reduce_in_fp32 else 2) * parameters,
         "main weights": _main_bytes(config) * parameters,
         "moments": (BYTES[optimizer.exp_avg_dtype] + BYTES[optimizer.exp_avg_sq_dtype]) * parameters,
@@ -136,11 +136,11 @@ def rank_state_bytes(config: Config, chunks: list[dict[str, int]], *, num_shards
             shares = shards if parallel.use_distributed_optimizer else 1
             padded = total + (-total % math.lcm(shares, 128) if parallel.use_distributed_optimizer else 0)
             held, own = held + padded, own + padded // shares
-    multiplied = _multiplied(chunks) if precision.fp8_recipe else 0
-    in_bf16 = held - (multiplied if precision.fp8_param_gather else 0)
+    in_fp8 = sum(map(multiplied, chunks)) if precision.fp8_recipe else 0
+    in_bf16 = held - (in_fp8 if precision.fp8_param_gather else 0)
     sizes = {
         "weights": BYTES[precision.params_dtype] * in_bf16,
-        "FP8 weights": 2 * multiplied,
+        "FP8 weights": 2 * in_fp8,
         "gradients": (4 if parallel.grad_reduce_in_fp32 else 2) * held,
         "main weights": _main_bytes(config) * own,
         "moments": (BYTES[optimizer.exp_avg_dtype] + BYTES[optimizer.exp_avg_sq_dtype]) * own,
@@ -148,9 +148,9 @@ def rank_state_bytes(config: Config, chunks: list[dict[str, int]], *, num_shards
     return {kind: size for kind, size in sizes.items() if size}
 
 
-def _multiplied(chunks: list[dict[str, int]]) -> int:
-    """Numbers of the temporal matrices, which FP8 recipes keep in FP8 too."""
-    return sum(chunk["temporal"] + chunk.get("experts", 0) for chunk in chunks)
+def multiplied(parameters: dict[str, int]) -> int:
+    """Numbers of the temporal matrices, which FP8 recipes keep in FP8 too, of parameters by part."""
+    return parameters["temporal"] + parameters.get("experts", 0)
 
 
 def _fully_sharded_bytes(config: Config, chunks: list[dict[str, int]], *, num_shards: int) -> dict[str, int]:
@@ -164,12 +164,13 @@ def _fully_sharded_bytes(config: Config, chunks: list[dict[str, int]], *, num_sh
     total = sum(sum(chunk.values()) for chunk in chunks)
     own, weight = -(-total // num_shards), BYTES[config.precision.params_dtype]
     layers = max(1, config.temporal.num_layers // (config.parallel.pipeline_model_parallel_size))
+    matrices = sum(map(multiplied, chunks))
     depth, depth_layer = chunks[-1].get("depth", 0), count_depth_layer(config)
-    largest = max(_multiplied(chunks) // layers, min(depth, depth_layer))
+    largest = max(matrices // layers, min(depth, depth_layer))
     root = chunks[-1].get("text_head", 0) + max(0, depth - config.depth.num_layers * depth_layer)
     sizes = {
         "weights": weight * own if config.parallel.data_parallel == "megatron_fsdp" else 0,
-        "FP8 weights": 2 * _multiplied(chunks) if config.precision.fp8_recipe else 0,
+        "FP8 weights": 2 * matrices if config.precision.fp8_recipe else 0,
         "gradients": 4 * own,
         "main weights": 4 * own,
         "moments": 8 * own,

@@ -56,9 +56,7 @@ class Plan:
     @property
     def data_parallel_size(self) -> int:
         """Replicas."""
-        parallel = self.config.parallel
-        sizes = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-        return self.machine.num_gpus // (sizes * parallel.context_parallel_size)
+        return self.machine.num_gpus // self.config.parallel.model_parallel_size
 
     @property
     def fullest(self) -> StageMemory:
@@ -115,13 +113,17 @@ def plans(base: Config, machine: Machine, *, most: int = 10) -> list[Plan]:
 
 def plan_of(config: Config, machine: Machine, *, exact: bool = True) -> Plan:
     """What a config takes on a machine, whether or not it fits; `exact` as in `step_time`."""
-    parallel = config.parallel
-    sizes = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
     layers = LOCAL if config.model.transformer_impl == LOCAL else TRANSFORMER_ENGINE
-    memory = stage_memory(config, data_parallel_size=machine.num_gpus // sizes, layer_kind=layers)
+    replicas = machine.num_gpus // config.parallel.model_parallel_size
+    memory = stage_memory(config, data_parallel_size=replicas, layer_kind=layers)
     gpus = {"gpu": machine.gpu, "node": machine.node, "num_gpus": machine.num_gpus}
     time = step_time(config, memory, **gpus, exact=exact)
     return Plan(config, machine, tuple(memory), time)
+
+
+def valid_plan(config: Config, machine: Machine) -> Plan | None:
+    """What a config takes, as `plan_of` says; None where it `is_valid` on no such machine."""
+    return plan_of(config, machine) if is_valid(config, num_gpus=machine.num_gpus) else None
 
 
 def require_plannable(base: Config, machine: Machine) -> None:
@@ -145,11 +147,7 @@ def obvious(base: Config, machine: Machine) -> dict[str, Plan | None]:
         f"tensor {node}, no pipeline": {"tensor_model_parallel_size": node, "sequence_parallel": node > 1},
         "FSDP alone": {"data_parallel": "fsdp2"},
     }
-    configs = {name: _with(base, micro=1, **keys) for name, keys in tries.items()}
-    return {
-        name: plan_of(config, machine) if is_valid(config, num_gpus=machine.num_gpus) else None
-        for name, config in configs.items()
-    }
+    return {name: valid_plan(_with(base, micro=1, **keys), machine) for name, keys in tries.items()}
 
 
 def candidates(base: Config, machine: Machine) -> Iterator[Config]:

@@ -13,7 +13,7 @@ from megaspeech.model.counting import count_flops, count_layer_flops
 from megaspeech.planning import efficiency
 from megaspeech.planning.activations import recomputes_feed_forward
 from megaspeech.planning.gpus import Gpu
-from megaspeech.planning.memory import StageMemory
+from megaspeech.planning.memory import StageMemory, multiplied
 from megaspeech.planning.nodes import Node, group_rate
 from megaspeech.planning.pipeline import least_seconds, pipeline_seconds
 from megaspeech.planning.stages import num_microbatches
@@ -102,9 +102,7 @@ class _Machine:
 
     @property
     def replicas(self) -> int:
-        parallel = self.config.parallel
-        sizes = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-        return self.num_gpus // (sizes * parallel.context_parallel_size)
+        return self.num_gpus // self.config.parallel.model_parallel_size
 
     @property
     def bandwidth(self) -> float:
@@ -240,7 +238,7 @@ def _after_backward(machine: _Machine, memory: StageMemory, microbatch: float) -
     held = sum(memory.parameters.values())
     reduced, gathered = 4 if parallel.grad_reduce_in_fp32 else 2, 2
     if config.precision.fp8_param_gather and config.precision.fp8_recipe != "mxfp8":
-        gathered -= (memory.parameters["temporal"] + memory.parameters.get("experts", 0)) / held
+        gathered -= multiplied(memory.parameters) / held
     share = (shards - 1) / shards / machine.rate(size=shards, stride=tensor) if shards > 1 else 0.0
     reduction, gather, own = reduced * held * share, gathered * held * share, held / shards
     if parallel.data_parallel == "ddp" and not parallel.use_distributed_optimizer:

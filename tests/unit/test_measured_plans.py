@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from megaspeech.benchmarks.case import OURS, Case
+from megaspeech.benchmarks.case import OURS, Case, config_of
 from megaspeech.benchmarks.figures import BF16_PRODUCT, FP8_PRODUCT, row_of
 from megaspeech.benchmarks.planned import MEMORY_WITHIN, TIME_WITHIN, deviations, planned_figures
-from megaspeech.benchmarks.run import Report, config_of
+from megaspeech.benchmarks.run import Report
 from megaspeech.benchmarks.step import Measured
 from megaspeech.planning.gpus import find_gpu
 
@@ -23,7 +23,7 @@ H200 = find_gpu("NVIDIA H200")
 @pytest.mark.parametrize("path", MEASUREMENTS, ids=lambda path: path.stem)
 def test_the_planner_says_what_was_measured(path: Path) -> None:
     report = json.loads(path.read_text(encoding="utf-8"))
-    found = deviations(report, config_of=config_of, gpu=find_gpu(report["machine"]["device"]))
+    found = deviations(report)
     assert found
     too_far = {name: each for name, each in found.items() if each[0] > TIME_WITHIN or each[1] > MEMORY_WITHIN}
     assert not too_far, f"(of time, of memory): {too_far}; fit planning/efficiency.py, mend planning/activations.py"
@@ -43,5 +43,5 @@ def test_a_report_is_read_back_and_held_against_the_planner() -> None:
         row_of(replace(case, micro_batch_size=2), config, "out of memory", floors=floors, gpu=H200),
     ]
     report = json.loads(json.dumps(asdict(Report({"device": "NVIDIA H200"}, floors, rows, []))))
-    ((name, (of_time, of_memory)),) = deviations(report, config_of=config_of, gpu=H200).items()
+    ((name, (of_time, of_memory)),) = deviations(report).items()
     assert name == case.name and of_time == pytest.approx(1 / 8) and of_memory == pytest.approx(1 / 2)

@@ -48,9 +48,8 @@ def gpt(
 
 
 def predict(config: Config, *, gpus: int) -> StepTime:
-    parallel = config.parallel
-    sizes = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
-    memory = stage_memory(config, data_parallel_size=gpus // sizes, layer_kind=TRANSFORMER_ENGINE)
+    replicas = gpus // config.parallel.model_parallel_size
+    memory = stage_memory(config, data_parallel_size=replicas, layer_kind=TRANSFORMER_ENGINE)
     return step_time(config, memory, gpu=H100, node=find_node(8), num_gpus=gpus)
 
 
